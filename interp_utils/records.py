@@ -1,0 +1,173 @@
+"""Recorded studies: run resumably, keep as a table with a card, sample and re-verify.
+
+A study lives in `data/records/<name>/` as `table.csv.gz` and `card.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from interp_utils.errors import InterpError
+from interp_utils.paths import ROOT, build_folder, data_folder, writable
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+    from interp_utils.interventions import Generation
+
+NEAR_TIE = 1e-3  # logits; below this gap another batch shape may choose the other token
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished study: one row per job, and the card that says how it was made."""
+
+    table: pd.DataFrame
+    card: dict[str, Any]
+
+    def sample(self, n: int, seed: int) -> pd.DataFrame:
+        """`n` random rows, the same for the same seed."""
+        return self.table.sample(n, random_state=seed).sort_index()
+
+
+def load_record(name: str) -> Record | None:
+    """The record, or None when the study was never made for this model.
+
+    Raises:
+        InterpError: the table does not have the hash of its card.
+    """
+    folder = data_folder() / "records" / name
+    if not (folder / "card.json").exists():
+        return None
+    card = json.loads((folder / "card.json").read_text())
+    path = folder / "table.csv.gz"
+    if not path.exists() or file_hash(path) != card["table_sha256"]:
+        raise InterpError(f"The record {path} is missing or damaged; restore it from git or run the study again.")
+    return Record(read_table(path), card)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table of ours: texts stay texts, an empty one included ("NA" is one too)."""
+    return pd.read_csv(path, keep_default_na=False)
+
+
+def run_study(
+    name: str,
+    jobs: pd.DataFrame,
+    compute: Callable[[pd.DataFrame], Sequence[Any]],
+    *,
+    card: Mapping[str, Any],
+    column: str = "text",
+    chunk: int = 128,
+) -> Record:
+    """Compute one value per job, a chunk at a time, and write the record.
+
+    An interrupted study goes on from its last chunk: those of the same jobs and card are kept in
+    the build folder until the table is complete.
+
+    Args:
+        name: folder below `data/records`.
+        jobs: one row per value.
+        compute: maps some of the jobs to their values.
+        card: what decides the values: command, seeds, model, weights, hashes.
+        column: name of the values' column.
+        chunk: jobs per call of `compute`.
+
+    Raises:
+        InterpError: the build or data folder cannot be written.
+    """
+    identity = json.dumps(dict(card), sort_keys=True) + jobs.to_csv(index=False)
+    run = name.replace("/", "-") + "-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+    parts = writable(build_folder() / "studies" / run, "build folder", "INTERP_BUILD")
+    for start in tqdm(range(0, len(jobs), chunk), desc=name, unit="chunk"):
+        path = parts / f"{start:07}.csv"
+        if not path.exists():
+            began = time.monotonic()
+            own = jobs.iloc[start : start + chunk]
+            part = own.assign(**{column: list(compute(own)), "seconds": time.monotonic() - began})
+            _write(path, part.to_csv(index=False).encode())
+    table = pd.concat([read_table(path) for path in sorted(parts.glob("*.csv"))], ignore_index=True)
+    seconds = table.pop("seconds").groupby(table.index // chunk).first().sum()
+    return _save(name, table, {**card, "rows": len(table), "seconds": round(float(seconds))})
+
+
+def _save(name: str, table: pd.DataFrame, card: dict[str, Any]) -> Record:
+    folder = writable(data_folder() / "records" / name, "data folder", "INTERP_DATA")
+    path, scratch = folder / "table.csv.gz", folder / ".table.csv.gz"
+    table.to_csv(scratch, index=False, compression={"method": "gzip", "mtime": 0})
+    os.replace(scratch, path)
+    card["table_sha256"] = file_hash(path)
+    _write(folder / "card.json", (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
+    return Record(read_table(path), card)
+
+
+def _write(path: Path, content: bytes) -> None:
+    scratch = path.with_name("." + path.name)
+    scratch.write_bytes(content)
+    os.replace(scratch, path)
+
+
+def study_card(model: TransformersModel, *, command: str, seed: int, data: Sequence[Path]) -> dict[str, Any]:
+    """The card's fixed part: command, seed, model, weights, versions, hashes of code and data."""
+    versions = {p: importlib.metadata.version(p).split("+")[0] for p in ("torch", "transformers", "nnsight")}
+    return {
+        "command": command,
+        "seed": seed,
+        "model": model.info.name,
+        "weights": model.info.weights,
+        "versions": versions,
+        "code_sha256": code_hash(),
+        "data_sha256": {path.name: file_hash(path) for path in data},
+    }
+
+
+def code_hash() -> str:
+    """Hash of the package's ground: what reads, edits and generates."""
+    ground = ("weights.py", "models.py", "activations.py", "interventions.py")
+    text = b"".join((ROOT / "interp_utils" / file).read_bytes() for file in ground)
+    return hashlib.sha256(text).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def verify_texts(recorded: Sequence[str], fresh: Generation, model: TransformersModel) -> int:
+    """Check that a fresh generation gives the recorded texts; returns how many near-ties parted them.
+
+    A text may differ only from a step whose top two logits are closer than 1e-3.
+
+    Raises:
+        InterpError: a text differs elsewhere.
+    """
+    ties = 0
+    for row, (old, new) in enumerate(zip(recorded, fresh.texts, strict=True)):
+        if old != new:
+            step = first_difference(old, fresh.tokens[row].tolist(), model)
+            if fresh.gaps[row, : step + 1].min() >= NEAR_TIE:
+                raise InterpError(
+                    f"Row {row} of the sample reads {new!r} but {old!r} was recorded; "
+                    "code, weights or versions have changed: run the study again."
+                )
+            ties += 1
+    return ties
+
+
+def first_difference(text: str, ids: Sequence[int], model: TransformersModel) -> int:
+    """First step at which the decoded ids are no longer a beginning of `text`."""
+    for step in range(len(ids)):
+        if not text.startswith(model.tokenizer.decode(ids[: step + 1], skip_special_tokens=True)):
+            return step
+    return len(ids) - 1
