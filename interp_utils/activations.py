@@ -202,4 +202,6 @@ def top_tokens(
 ) -> list[tuple[str, float]]:
     """The k most probable next tokens as (text, probability)."""
     values, ids = logits.softmax(-1).topk(k)
-    return [(model.tokenizer.decode([i]), round(v, 4)) for v, i in zip(values.tolist(), ids.tolist(), strict=True)]
+    return [
+        (model.tokenizer.decode([i]), round(v, 4)) for v, i in zip(values.tolist(), ids.tolist(), strict=True)
+    ]

@@ -203,7 +203,9 @@ def _plan(
         raise InterpError("The list of edits is empty; give one entry per row.")
     ids = [tokenize(model, prompt) for prompt in as_list(prompts)]
     if len(ids) not in (1, len(edits)):
-        raise InterpError(f"{len(ids)} prompts and {len(edits)} rows of edits; give one prompt, or one per row.")
+        raise InterpError(
+            f"{len(ids)} prompts and {len(edits)} rows of edits; give one prompt, or one per row."
+        )
     rows = ids * len(edits) if len(ids) == 1 else ids
     d_model = model.config.hidden_size
     plan = []

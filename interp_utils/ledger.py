@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from interp_utils.errors import InterpError, nearest
-from interp_utils.paths import data_folder
+from interp_utils.paths import data_file, data_folder, find_data
 
 RULES = {"reproduced": "reproduced", "partly": "partly", "not_reproduced": "not reproduced"}
 VERDICTS = (*RULES.values(), "undecided")
@@ -49,15 +49,16 @@ def load_ledger(path: Path | None = None) -> dict[str, ClaimSpec]:
     """The registered claims by id, each with what `recorded.toml` in the same folder says about it.
 
     Args:
-        path: the registration; `claims.toml` in the data folder if not given.
+        path: the registration; the data file `claims.toml` if not given.
 
     Raises:
-        InterpError: a file that cannot be read, or a field that is missing, unknown or malformed; names the
-            claim and the field.
+        InterpError: a file that cannot be found or read, or a field that is missing, unknown or malformed;
+            names the claim and the field.
     """
-    path = Path(path or data_folder() / "claims.toml")
-    ledger = {id: _spec(id, fields) for id, fields in _read(path).items()}
-    if (record := path.with_name("recorded.toml")).exists():
+    record = Path(path).with_name("recorded.toml") if path else find_data("recorded.toml")
+    registered = _read(Path(path or data_file("claims.toml")))
+    ledger = {id: _spec(id, fields) for id, fields in registered.items()}
+    if record and record.exists():
         _attach(ledger, _read(record))
     return ledger
 

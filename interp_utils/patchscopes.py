@@ -21,7 +21,9 @@ def find_placeholder(model: TransformersModel, prompt: str, placeholder: str) ->
     """
     at = prompt.rfind(placeholder) if placeholder else -1
     if at < 0:
-        raise InterpError(f"The target prompt has no placeholder {placeholder!r}; add it where the state goes.")
+        raise InterpError(
+            f"The target prompt has no placeholder {placeholder!r}; add it where the state goes."
+        )
     ids = tokenize(model, prompt)
     before, through = (model.tokenizer(prompt[:end]).input_ids for end in (at, at + len(placeholder)))
     position = len(through) - 1

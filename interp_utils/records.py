@@ -19,7 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from interp_utils.errors import InterpError
-from interp_utils.paths import ROOT, build_folder, data_folder, writable
+from interp_utils.paths import ROOT, build_folder, data_folder, find_data, writable
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -45,15 +45,17 @@ def load_record(name: str) -> Record | None:
     """The record, or None when the study was never made for this model.
 
     Raises:
-        InterpError: the table does not have the hash of its card.
+        InterpError: the table does not have the hash of its card, or a file cannot be fetched.
     """
-    folder = data_folder() / "records" / name
-    if not (folder / "card.json").exists():
+    if not (made := find_data(f"records/{name}/card.json")):
         return None
-    card = json.loads((folder / "card.json").read_text())
-    path = folder / "table.csv.gz"
-    if not path.exists() or file_hash(path) != card["table_sha256"]:
-        raise InterpError(f"The record {path} is missing or damaged; restore it from git or run the study again.")
+    card = json.loads(made.read_text())
+    path = find_data(f"records/{name}/table.csv.gz")
+    if not path or file_hash(path) != card["table_sha256"]:
+        raise InterpError(
+            f"The record {made.with_name('table.csv.gz')} is missing or damaged; "
+            "restore it from git or run the study again."
+        )
     return Record(read_table(path), card)
 
 

