@@ -53,10 +53,10 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)  # type: ignore[arg-type]
-    if not prompts:
+    many: list[Any] = list(prompts)
+    if not many:
         raise InterpError("The list of prompts is empty; give at least one.")
-    return [prompts] if isinstance(prompts[0], int) else prompts  # type: ignore[list-item,return-value]
+    return [many] if isinstance(many[0], int) else many
 
 
 def pad(model: TransformersModel, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ class Generation:
         tokens: generated ids, padded after the end of text.
         texts: the same as text, without special tokens.
         gaps: logit of the chosen token minus the runner-up's, per step. A step below 1e-3 is a
-            near-tie that another batch shape may decide otherwise.
+            near-tie that another batch shape may decide otherwise. NaN when the model runs remotely.
     """
 
     tokens: Int[Tensor, "row step"]

@@ -188,7 +188,7 @@ def _convert(parts: list[Path], scratch: Path, spec: Packaged) -> None:
         bar.set_description(f"{spec.name}, first use: writing")
         # The weights are dense from here on: forget the quantisation, or saving refuses.
         del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).update(hf_quantizer=None, is_quantized=False)
         model.save_pretrained(scratch)
         shutil.rmtree(scratch / "gguf")
         _write_card(scratch, spec)
