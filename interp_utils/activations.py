@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]  # text, or token ids
 
 
-def tokenize(model: TransformersModel, prompt: Prompt) -> list[int]:
+def tokenize(model: TransformersModel, prompt: Prompt, new: int = 0) -> list[int]:
     """Token ids of one prompt, with the model's own special tokens (Gemma's BOS).
 
     Raises:
-        InterpError: the prompt is empty or longer than the context.
+        InterpError: the prompt is empty, or longer than the context with its `new` tokens to come.
     """
     tokenizer = model.tokenizer
     empty = not prompt
@@ -35,8 +35,9 @@ def tokenize(model: TransformersModel, prompt: Prompt) -> list[int]:
     if empty or not ids:
         raise InterpError("The prompt is empty; give at least one token of text.")
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and len(ids) > limit:
-        raise InterpError(f"The prompt has {len(ids):,} tokens but the context holds {limit:,}; shorten it.")
+    if limit and len(ids) + new > limit:
+        tokens = f"{len(ids):,} tokens" + (f" and {new:,} are to follow," if new else "")
+        raise InterpError(f"The prompt has {tokens} but the context holds {limit:,}; shorten it.")
     return ids
 
 
@@ -181,7 +182,15 @@ def next_token_logits(
         with torch.no_grad(), model.trace(inputs, logits_to_keep=1, remote=model.info.remote):
             logits = model.unembed.output[:, -1].save()
         parts.append(logits)
-    return torch.cat(parts)
+    return softcapped(model, torch.cat(parts))
+
+
+def softcapped(
+    model: TransformersModel, logits: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch vocab"]:
+    """What a model such as Gemma 2 does to its logits after the unembedding; nothing for most."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def logit_lens(
@@ -192,9 +201,7 @@ def logit_lens(
     Equal to patching the state into the last layer (Patchscopes, table 1: l* = L).
     """
     with torch.no_grad():
-        logits = model.unembed._module(model.final_norm._module(resid))
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+        return softcapped(model, model.unembed._module(model.final_norm._module(resid)))
 
 
 def top_tokens(

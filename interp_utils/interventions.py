@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp_utils.activations import Prompt, as_list, check_layer, from_end, hidden, pad, tokenize
+from interp_utils.activations import Prompt, as_list, check_layer, from_end, hidden, pad, softcapped, tokenize
 from interp_utils.errors import InterpError
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def scale(layer: int, position: int, factor: float) -> Edit:
     return Edit(layer, position, lambda x: x * factor)
 
 
-def project(layer: int, position: int, directions: Float[Tensor, "k d_model"]) -> Edit:
-    """Keep only the part of the state in the span of `directions`, which need not be orthonormal."""
+def project(layer: int, position: int, directions: Float[Tensor, "*k d_model"]) -> Edit:
+    """Keep only the part of the state in the span of `directions`, which may be any vectors."""
     basis = _orthonormal(directions)
     return Edit(layer, position, lambda x: basis.to(x).T @ (basis.to(x) @ x), basis.shape[-1])
 
 
-def ablate(layer: int, position: int, directions: Float[Tensor, "k d_model"] | None = None) -> Edit:
+def ablate(layer: int, position: int, directions: Float[Tensor, "*k d_model"] | None = None) -> Edit:
     """Remove the part in the span of `directions`; without any, the whole state becomes zero."""
     if directions is None:
         return Edit(layer, position, torch.zeros_like)
@@ -62,8 +62,10 @@ def ablate(layer: int, position: int, directions: Float[Tensor, "k d_model"] | N
     return Edit(layer, position, lambda x: x - basis.to(x).T @ (basis.to(x) @ x), basis.shape[-1])
 
 
-def _orthonormal(directions: Float[Tensor, "k d_model"]) -> Float[Tensor, "k d_model"]:
-    return torch.linalg.qr(torch.atleast_2d(directions).double().T).Q.T
+def _orthonormal(directions: Float[Tensor, "*k d_model"]) -> Float[Tensor, "rank d_model"]:
+    """Basis of the span; directions that depend on the others, or are zero, add nothing to it."""
+    _, sizes, basis = torch.linalg.svd(torch.atleast_2d(directions).double(), full_matrices=False)
+    return basis[sizes > 1e-6 * sizes.max()]
 
 
 Edits = Edit | Sequence[Edit]
@@ -116,7 +118,7 @@ def edited_logits(
             logits = model.unembed.output[:, -1].save()
         _complain(unchanged, start, expect_change)
         parts.append(logits)
-    return torch.cat(parts)
+    return softcapped(model, torch.cat(parts))
 
 
 def generate(
@@ -136,7 +138,7 @@ def generate(
 
     Args, Raises: as `edited_logits`.
     """
-    rows, plan = _plan(model, prompts, edits)
+    rows, plan = _plan(model, prompts, edits, max_new_tokens)
     tokens, gaps = [], []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="generating", unit="batch", disable=not progress):
@@ -196,12 +198,12 @@ def _shared_prefix(model: TransformersModel, rows: list[list[int]], plan: list[l
 
 
 def _plan(
-    model: TransformersModel, prompts: Prompt | Sequence[Prompt], edits: Sequence[Edits]
+    model: TransformersModel, prompts: Prompt | Sequence[Prompt], edits: Sequence[Edits], new: int = 0
 ) -> tuple[list[list[int]], list[list[Edit]]]:
     """Token rows and checked edits, layers from 0 and positions from the end, before any heavy work."""
     if not len(edits):
         raise InterpError("The list of edits is empty; give one entry per row.")
-    ids = [tokenize(model, prompt) for prompt in as_list(prompts)]
+    ids = [tokenize(model, prompt, new) for prompt in as_list(prompts)]
     if len(ids) not in (1, len(edits)):
         raise InterpError(
             f"{len(ids)} prompts and {len(edits)} rows of edits; give one prompt, or one per row."

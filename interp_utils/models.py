@@ -80,7 +80,9 @@ def load_model(
     if weights not in ("auto", "packaged", "hub"):
         raise InterpError(f"weights={weights!r} is not known; use 'auto', 'packaged' or 'hub'.")
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise InterpError(f"dtype={dtype!r} is not known; use 'float32', 'bfloat16' or 'float16'.")
     if remote is True:
         return _remote(name)
     folder, info = _locate(name, weights, remote)
@@ -90,7 +92,7 @@ def load_model(
 
 def _locate(name: str, weights: str, remote: Remote) -> tuple[str, ModelInfo]:
     """Where the files are (folder or hub id) and what they are called."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return name, _local_info(Path(name), remote)
     spec = REGISTRY.get(name) or next((s for s in REGISTRY.values() if s.hub_id == name), None)
     if spec is None and "/" not in name:
@@ -172,6 +174,7 @@ def _hub_snapshot(hub_id: str, spec: Packaged | None = None) -> str:
 def _wrap(folder: str, info: ModelInfo, **options: Any) -> TransformersModel:
     import torch
     from nnsight import TransformersModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -182,7 +185,7 @@ def _wrap(folder: str, info: ModelInfo, **options: Any) -> TransformersModel:
         module = AutoModelForCausalLM.from_pretrained(
             folder, dtype=options["dtype"], local_files_only=True, use_safetensors=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InterpError(f"{info.source} cannot be loaded: {str(error).splitlines()[0]}") from None
     finally:
         if bar:

@@ -5,6 +5,7 @@ A study lives in `data/records/<name>/` as `table.csv.gz` and `card.json`.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +61,9 @@ def load_record(name: str) -> Record | None:
     return Record(read_table(path), card)
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path | BytesIO) -> pd.DataFrame:
     """A table of ours: texts stay texts, an empty one included ("NA" is one too)."""
-    return pd.read_csv(path, keep_default_na=False)
+    return pd.read_csv(path, keep_default_na=False, low_memory=False)
 
 
 def run_study(
@@ -94,20 +96,27 @@ def run_study(
     parts = writable(build_folder() / "studies" / run, "build folder", "INTERP_BUILD")
     for start in tqdm(range(0, len(jobs), chunk), desc=name, unit="chunk"):
         path = parts / f"{start:07}.csv"
-        if not path.exists():
+        own = jobs.iloc[start : start + chunk]
+        if not path.exists() or len(read_table(path)) != len(own):  # another length: of another chunk size
             began = time.monotonic()
-            own = jobs.iloc[start : start + chunk]
             part = own.assign(**{column: list(compute(own)), "seconds": time.monotonic() - began})
-            _write(path, part.to_csv(index=False).encode())
-    table = pd.concat([read_table(path) for path in sorted(parts.glob("*.csv"))], ignore_index=True)
+            _write(path, part.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode())
+    table = _join([parts / f"{start:07}.csv" for start in range(0, len(jobs), chunk)])
     seconds = table.pop("seconds").groupby(table.index // chunk).first().sum()
     return _save(name, table, {**card, "rows": len(table), "seconds": round(float(seconds))})
+
+
+def _join(parts: Sequence[Path]) -> pd.DataFrame:
+    """The parts as one table, read in one go: a part alone may hold only texts that look like numbers."""
+    first, *others = (part.read_bytes() for part in parts)
+    return read_table(BytesIO(first + b"".join(other.split(b"\n", 1)[1] for other in others)))
 
 
 def _save(name: str, table: pd.DataFrame, card: dict[str, Any]) -> Record:
     folder = writable(data_folder() / "records" / name, "data folder", "INTERP_DATA")
     path, scratch = folder / "table.csv.gz", folder / ".table.csv.gz"
-    table.to_csv(scratch, index=False, compression={"method": "gzip", "mtime": 0})
+    quoted = csv.QUOTE_NONNUMERIC  # a lone carriage return in a text would end its row otherwise
+    table.to_csv(scratch, index=False, quoting=quoted, compression={"method": "gzip", "mtime": 0})
     os.replace(scratch, path)
     card["table_sha256"] = file_hash(path)
     _write(folder / "card.json", (json.dumps(card, indent=1, sort_keys=True) + "\n").encode())
@@ -158,7 +167,7 @@ def verify_texts(recorded: Sequence[str], fresh: Generation, model: Transformers
     for row, (old, new) in enumerate(zip(recorded, fresh.texts, strict=True)):
         if old != new:
             step = first_difference(old, fresh.tokens[row].tolist(), model)
-            if fresh.gaps[row, : step + 1].min() >= NEAR_TIE:
+            if not fresh.gaps[row, : step + 1].min() < NEAR_TIE:  # nor when gaps are not known: NaN
                 raise InterpError(
                     f"Row {row} of the sample reads {new!r} but {old!r} was recorded; "
                     "code, weights or versions have changed: run the study again."

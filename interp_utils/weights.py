@@ -125,7 +125,7 @@ def damage(folder: Path) -> str | None:
         return f"{card.name} is missing"
     try:
         files = json.loads(card.read_text())["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return f"{card.name} cannot be read"
     for name, expected in files.items():
         path = folder / name
@@ -151,6 +151,8 @@ def _convert_into(folder: Path, spec: Packaged) -> None:
             f"Converting {spec.name} needs {spec.gigabytes} GB in {folder.parent} but {free:.1f} GB are free; "
             "free some space or set INTERP_CACHE to another disk."
         )
+    for left in folder.parent.glob(f".{folder.name}.*"):  # by a conversion that was killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         _convert(parts, scratch, spec)
