@@ -142,7 +142,7 @@ def _show(row: Mapping[str, Any], quantity: str) -> None:
         "Here, live" if row["live"] else "Here, full study": _measured(row),
         "Control": row["control"],
         "Recorded": _measured(recorded) if recorded else None,
-        "Verdict": row["verdict"] + (", but contradicts the record" if row["contradicted"] else ""),
+        "Verdict": _verdict_text(row),
     }
     parts = (
         row["source"],
@@ -154,6 +154,13 @@ def _show(row: Mapping[str, Any], quantity: str) -> None:
     display({MIME: dict(row), "text/html": html, "text/plain": _line(row)}, raw=True)
 
 
+def _verdict_text(row: Mapping[str, Any]) -> str:
+    """The full study's verdict where there is one, since a small live sample decides less."""
+    recorded, live = row["recorded"] if row["live"] else None, row["verdict"]
+    alarm = ", but contradicts the record" if row["contradicted"] else ""
+    return f"{recorded['verdict']} (live sample: {live}{alarm})" if recorded else live
+
+
 def _measured(row: Mapping[str, Any]) -> str:
     low, high = row["ci"]
     return f"{row['value']:.4g}" if low == high else f"{row['value']:.4g} [{low:.4g}, {high:.4g}]"
@@ -161,8 +168,7 @@ def _measured(row: Mapping[str, Any]) -> str:
 
 def _line(row: Mapping[str, Any]) -> str:
     control = "" if row["control"] is None else f", control {row['control']:.4g}"
-    note = " (contradicts the record)" if row["contradicted"] else ""
-    return f"{row['id']} on {row['model']}: {_measured(row)}{control}: {row['verdict']}{note}"
+    return f"{row['id']} on {row['model']}: {_measured(row)}{control}: {_verdict_text(row)}"
 
 
 if __name__ == "__main__":

@@ -136,6 +136,10 @@ def _claim_cells(row: dict[str, Any]) -> list[str]:
     text = {key: "" if value is None else escape(str(value)) for key, value in row.items()}
     alarm = "<small>⚠ contradicts its record</small>" if row.get("contradicted") else ""
     link = f'<a href="{text.get("notebook", "")}.html">{text.get("id", "")}</a>'
+    recorded = row.get("recorded") if row.get("live", True) else None
+    study = recorded or row  # a small live sample decides less than the full study
+    live = f"<small>live sample: {text.get('verdict', '')}</small>" if recorded else ""
+    predicted = f"<small>predicted: {text.get('predicted', '')}</small>"
     return [
         f"{text.get('claim', '')}<small>{link}</small>",
         text.get("source", ""),
@@ -143,7 +147,7 @@ def _claim_cells(row: dict[str, Any]) -> list[str]:
         f"{_measured(row)}<small>{text.get('model', '')}, {text.get('weights', '')}</small>",
         _measured(row.get("recorded") or {}),
         f"{_number(row.get('control'))}<small>{text.get('control_description', '')}</small>",
-        f"<b>{word(str(row.get('verdict')))}</b><small>predicted: {text.get('predicted', '')}</small>{alarm}",
+        f"<b>{word(str(study.get('verdict')))}</b>{live}{predicted}{alarm}",
     ]
 
 
