@@ -43,7 +43,7 @@ def test_the_prompt_is_the_papers_and_ends_in_the_placeholder() -> None:
         (": Country in the Middle East", "Country in the Middle East", True),
         (": Country in the north", "Country in the north", True),  # "country in the" is three running words
         (": South Korean singer", "South Korean singer", False),  # two are not
-        (": American actor\nSyria: Country", "American actor", True),
+        (": American actor\nSyria: Country", "American actor", False),  # what the models say of anybody
         (" and the rest", "and the rest", False),
         ("", "", False),
     ],
