@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -29,6 +31,16 @@ def load(name: str | Path, **options: Any) -> Any:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: needs the real packaged models (deselect with -m 'not model')")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Convert the packaged models, if they are not yet, beside the tests that need none."""
+    code = "from interp_utils.weights import REGISTRY, converted; [converted(s) for s in REGISTRY.values()]"
+    subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("model") is not None)  # stable: real models last
 
 
 @pytest.fixture(scope="session")
