@@ -69,40 +69,42 @@ def read_table(path: Path | BytesIO) -> pd.DataFrame:
 def run_study(
     name: str,
     jobs: pd.DataFrame,
-    compute: Callable[[pd.DataFrame], Sequence[Any]],
+    compute: Callable[[pd.DataFrame], Sequence[Any] | pd.DataFrame],
     *,
     card: Mapping[str, Any],
     column: str = "text",
     chunk: int = 128,
 ) -> Record:
-    """Compute one value per job, a chunk at a time, and write the record.
+    """Compute a value or a table per job, a chunk at a time, and write the record.
 
     An interrupted study goes on from its last chunk: those of the same jobs and card are kept in
     the build folder until the table is complete.
 
     Args:
         name: folder below `data/records`.
-        jobs: one row per value.
-        compute: maps some of the jobs to their values.
+        jobs: one row per piece of work.
+        compute: maps some of the jobs to their values, one each, or to a table of any number of rows.
         card: what decides the values: command, seeds, model, weights, hashes.
-        column: name of the values' column.
+        column: name of the values' column, where `compute` gives values.
         chunk: jobs per call of `compute`.
 
     Raises:
         InterpError: the build or data folder cannot be written.
     """
-    identity = json.dumps(dict(card), sort_keys=True) + jobs.to_csv(index=False)
+    identity = json.dumps([dict(card), chunk], sort_keys=True) + jobs.to_csv(index=False)
     run = name.replace("/", "-") + "-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
     parts = writable(build_folder() / "studies" / run, "build folder", "INTERP_BUILD")
     for start in tqdm(range(0, len(jobs), chunk), desc=name, unit="chunk"):
         path = parts / f"{start:07}.csv"
-        own = jobs.iloc[start : start + chunk]
-        if not path.exists() or len(read_table(path)) != len(own):  # another length: of another chunk size
+        if not path.exists():
             began = time.monotonic()
-            part = own.assign(**{column: list(compute(own)), "seconds": time.monotonic() - began})
+            own = jobs.iloc[start : start + chunk]
+            made = compute(own)
+            part = made if isinstance(made, pd.DataFrame) else own.assign(**{column: list(made)})
+            part = part.assign(part=start, seconds=time.monotonic() - began)
             _write(path, part.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode())
     table = _join([parts / f"{start:07}.csv" for start in range(0, len(jobs), chunk)])
-    seconds = table.pop("seconds").groupby(table.index // chunk).first().sum()
+    seconds = table.pop("seconds").groupby(table.pop("part")).first().sum()
     return _save(name, table, {**card, "rows": len(table), "seconds": round(float(seconds))})
 
 
@@ -145,7 +147,7 @@ def study_card(model: TransformersModel, *, command: str, seed: int, data: Seque
 
 def code_hash() -> str:
     """Hash of the package's ground: what reads, edits and generates."""
-    ground = ("weights.py", "models.py", "activations.py", "interventions.py")
+    ground = ("weights.py", "models.py", "activations.py", "interventions.py", "shared_prefix.py")
     text = b"".join((ROOT / "interp_utils" / file).read_bytes() for file in ground)
     return hashlib.sha256(text).hexdigest()
 
@@ -174,6 +176,29 @@ def verify_texts(recorded: Sequence[str], fresh: Generation, model: Transformers
                 )
             ties += 1
     return ties
+
+
+def verify_numbers(recorded: Sequence[float], fresh: Sequence[float], tolerance: float = 1e-2) -> int:
+    """Check that numbers computed again equal the recorded ones; returns how many were compared.
+
+    Args:
+        recorded: as they stand in the table, rounded.
+        fresh: the same cells now.
+        tolerance: largest difference, relative above 1 and absolute below.
+
+    Raises:
+        InterpError: a number differs by more, or there is none to compare.
+    """
+    pairs = list(zip(recorded, fresh, strict=True))
+    if not pairs:
+        raise InterpError("No recorded number was computed again; draw a larger sample.")
+    for row, (old, new) in enumerate(pairs):
+        if not abs(old - new) <= tolerance * max(1.0, abs(old)):
+            raise InterpError(
+                f"Number {row} of the sample is {new:.6g} but {old:.6g} was recorded; "
+                "code, weights or versions have changed: run the study again."
+            )
+    return len(pairs)
 
 
 def first_difference(text: str, ids: Sequence[int], model: TransformersModel) -> int:

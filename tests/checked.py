@@ -8,7 +8,20 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
 # Not the claims and figures, whose tests hand in wrong types to see the sentence they get.
-NAMES = ("errors", "weights", "models", "activations", "interventions", "patchscopes", "records", "seeds")
+NAMES = (
+    "errors",
+    "weights",
+    "models",
+    "activations",
+    "interventions",
+    "candidates",
+    "shared_prefix",
+    "quintuplet",
+    "cell_measures",
+    "patchscopes",
+    "records",
+    "seeds",
+)
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 

@@ -11,6 +11,7 @@ import torch
 from interp_utils.activations import next_token_logits, residual_stream
 from interp_utils.interventions import add, edited_logits, generate, patch, project, scale
 from interp_utils.models import load_model
+from interp_utils.patchscopes import Patchscope, grid
 
 PROMPTS = ["the cat sat on the mat", "x y z", "the dog"]
 
@@ -27,6 +28,17 @@ def rehearse(folder: str) -> None:
     ):
         assert torch.equal(one, other), f"{folder}: a difference of {(one - other).abs().max()}"
     assert not torch.equal(next_token_logits(here, PROMPTS), edited_logits(there, PROMPTS, edits))
+    shared, whole = (
+        grid(
+            Patchscope(model, "the cat; x", "x"),
+            vectors[:, None],
+            into=[0, 2],
+            candidates=[" mat", " the cat", " the dog"],
+            top_k=2,
+        )
+        for model in (here, there)
+    )
+    assert shared.choice.equals(whole.choice) and shared.top.equals(whole.top)
     texts = [generate(model, PROMPTS, edits, max_new_tokens=5).texts for model in (here, there)]
     assert texts[0] == texts[1], f"{folder}: {texts}"
 

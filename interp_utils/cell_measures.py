@@ -1,0 +1,102 @@
+"""What can be measured at a cell of a Patchscopes grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_utils.activations import logit_lens
+from interp_utils.candidates import Rows, candidate_log_probs, distinguishing
+from interp_utils.errors import InterpError
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The measurements asked of a grid; the arguments of `patchscopes.grid` of the same names."""
+
+    candidates: Sequence[str] | None = None
+    answers: Sequence[str] | None = None
+    top_k: int = 0
+    final: Float[Tensor, "_ source_width"] | None = None
+    source_model: TransformersModel | None = None
+    max_new_tokens: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether anything but generated text is asked."""
+        return bool(self.candidates is not None or self.top_k or self.final is not None)
+
+    def check(self, n_sources: int) -> None:
+        """Complain before any heavy work.
+
+        Raises:
+            InterpError: nothing to measure, answers without candidates or not among them, other
+                lengths than the sources'.
+        """
+        if not self.reads and not self.max_new_tokens:
+            raise InterpError("Nothing to measure; give candidates, top_k, final or max_new_tokens.")
+        if self.answers is not None:
+            strange = set(self.answers) - set(self.candidates or ())
+            if strange:
+                raise InterpError(f"The answer {min(strange)!r} is not among the candidates; add it.")
+        for name, given in (("answers", self.answers), ("final states", self.final)):
+            if given is not None and len(given) != n_sources:
+                raise InterpError(f"{len(given)} {name} for {n_sources} sources; give one each.")
+
+    def columns(self, paths: list[list[int]] | None) -> int | None:
+        """How many columns of the vocabulary are read; None is all."""
+        short = paths is not None and max(map(len, paths)) == 1
+        return len(paths) if paths and short and self.final is None and not self.top_k else None
+
+    def of(
+        self, model: TransformersModel, rows: Rows, sources: Sequence[int], paths: list[list[int]] | None
+    ) -> dict[str, Any]:
+        """Columns of the result table for some cells, all but the generated text."""
+        out: dict[str, Any] = {}
+        if paths:
+            out |= self._choices(candidate_log_probs(rows, paths), sources)
+        if self.final is None and not self.top_k:
+            return out
+        logits = rows.logits()
+        if self.top_k:
+            best = logits.softmax(-1).topk(self.top_k)
+            out["top"] = [[model.tokenizer.decode([i]) for i in row] for row in best.indices.tolist()]
+            out["top_prob"] = [[round(p, 6) for p in row] for row in best.values.tolist()]
+        if self.final is not None:
+            out |= self._next_token(model, logits.argmax(-1), torch.as_tensor(list(sources)))
+        return out
+
+    def paths(self, model: TransformersModel) -> list[list[int]] | None:
+        """Tokens by which the candidates are told apart."""
+        return None if self.candidates is None else distinguishing(model, self.candidates)
+
+    def _choices(self, log_probs: Float[Tensor, "row candidate"], sources: Sequence[int]) -> dict[str, Any]:
+        assert self.candidates is not None
+        names = list(self.candidates)
+        chosen = [names[i] for i in log_probs.argmax(-1).tolist()]
+        if self.answers is None:
+            return {"choice": chosen}
+        right = [self.answers[source] for source in sources]
+        column = torch.tensor([names.index(answer) for answer in right])
+        own = log_probs[torch.arange(len(right)), column].tolist()
+        correct = [a == b for a, b in zip(chosen, right, strict=True)]
+        return {"choice": chosen, "log_prob": own, "correct": correct}
+
+    def _next_token(self, model: TransformersModel, token: Tensor, sources: Tensor) -> dict[str, Any]:
+        """Precision@1 and surprisal against the source run (section 4.1)."""
+        assert self.final is not None
+        own, where = sources.unique(return_inverse=True)
+        log_p = logit_lens(self.source_model or model, self.final[own]).log_softmax(-1)
+        return {
+            "token": token.tolist(),
+            "precision": (token == log_p.argmax(-1)[where]).tolist(),
+            "surprisal": (-log_p[where, token]).tolist(),
+        }
