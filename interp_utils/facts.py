@@ -1,7 +1,6 @@
 """Relations between a subject and an answer, such as the capital of a country, with the prompts that ask for them.
 
-The tables are our own: `data/facts/relations.toml` holds the prompts, `data/facts/relations/<name>.csv` the facts.
-A reader's own folder of the same shape can take their place.
+`data/facts/relations.toml` has the prompts, `data/facts/relations/<name>.csv` the facts; both are our own.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Relation:
 
     def prompt(self, subject: str) -> str:
         """The target with the subject in place of `x`: the question in plain text."""
-        return _find_placeholder(PLACEHOLDER).sub(lambda _: subject, self.target)
+        return _word(PLACEHOLDER).sub(lambda _: subject, self.target)
 
     def sources(self, subject: str) -> list[str]:
         """The contexts with the subject at their end: source prompts whose last token is the subject's."""
@@ -70,88 +69,73 @@ def load_relation(name: str, folder: Path | str | None = None) -> Relation:
 
     Args:
         name: one of `relation_names()`.
-        folder: a folder with your own `relations.toml` and `relations/<name>.csv`, instead of `data/facts`.
+        folder: your own folder with `relations.toml` and `relations/<name>.csv`, instead of `data/facts`.
 
     Raises:
-        InterpError: no such relation; a file, a field or a column is missing; a cell is empty; a subject stands
-            in two rows or in a demonstration; a target without its one placeholder; a context that does not
-            end in "{}".
+        InterpError: no such relation; a file, field, column or cell is missing; a subject stands in two rows or
+            in a demonstration; a target without its one placeholder; a context that does not end in "{}".
     """
     relations = _relations(folder)
     if name not in (names := relation_names(folder)):
         raise InterpError(f"There is no relation {name!r}.{nearest(name, names)}")
     about = relations[name]
-    if missing := [key for key in TEXTS if not str(about.get(key, "")).strip()]:
+    if missing := [key for key in TEXTS if not about.get(key)]:
         raise InterpError(f"The relation {name!r} has no {missing[0]!r} in relations.toml; add it.")
     if about["kind"] not in KINDS:
-        raise InterpError(f"The kind of relation {name!r} is {about['kind']!r}; use one of {', '.join(KINDS)}.")
+        raise InterpError(f"Relation {name!r} has kind {about['kind']!r}; use {' or '.join(KINDS)}.")
     for key in ("target", "paper_target"):
-        _check_target(name, key, about[key])
-    table = _table(name, folder)
-    for subject in table["subject"]:
-        if _find_placeholder(subject).search(about["target"]):
+        found = [match.start() for match in _word(PLACEHOLDER).finditer(about[key])]
+        if len(found) != 1 or about[key].rfind(PLACEHOLDER) != found[0]:  # the engine takes the last "x"
             raise InterpError(
-                f"The subject {subject!r} of relation {name!r} stands in its own target prompt, which would give "
-                "the answer away; take it out of the table or use another demonstration."
+                f"The {key} of relation {name!r} needs the placeholder {PLACEHOLDER!r} exactly once as a word and "
+                f"no {PLACEHOLDER!r} after it; it is {about[key]!r}."
             )
     contexts = _contexts(name, about["contexts"], relations.get("contexts", {}))
-    return Relation(name, about["title"], about["target"], about["paper_target"], about["kind"], contexts, table)
+    table = _table(name, folder)
+    if leaked := [subject for subject in table["subject"] if _word(subject).search(about["target"])]:
+        raise InterpError(
+            f"The subject {leaked[0]!r} of relation {name!r} stands in its target; delete its row."
+        )
+    texts = {key: about[key] for key in TEXTS}
+    return Relation(name, table=table, **(texts | {"contexts": contexts}))
 
 
-def _find_placeholder(word: str) -> re.Pattern[str]:
+def _word(word: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
 
 
 def _file(relative: str, folder: Path | str | None) -> Path:
-    if folder is None:
-        return data_file(f"facts/{relative}")
-    if not (path := Path(folder) / relative).is_file():
-        raise InterpError(f"There is no file {relative!r} in {folder}; a folder of relations needs it.")
-    return path
+    path = data_file(f"facts/{relative}") if folder is None else Path(folder) / relative
+    if path.is_file():
+        return path
+    raise InterpError(f"The folder {folder} has no {relative!r}; add it or give another folder.")
 
 
 def _relations(folder: Path | str | None) -> dict[str, Any]:
     path = _file("relations.toml", folder)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InterpError(f"{path} is not a TOML file ({error}); mend it.") from None
-
-
-def _check_target(name: str, key: str, target: str) -> None:
-    """The placeholder stands once, and no letter x after it: the state goes to the last `x`."""
-    found = [match.start() for match in _find_placeholder(PLACEHOLDER).finditer(target)]
-    if len(found) != 1 or target.rfind(PLACEHOLDER) != found[0]:
-        raise InterpError(
-            f"The {key} of relation {name!r} needs the placeholder {PLACEHOLDER!r} exactly once as a word, and no "
-            f"other {PLACEHOLDER!r} after it; it reads {target!r}."
-        )
+    except tomllib.TOMLDecodeError as error:
+        raise InterpError(f"{path} is not valid TOML: {error}; correct it.") from None
 
 
 def _table(name: str, folder: Path | str | None) -> pd.DataFrame:
     import pandas as pd
 
     table = pd.read_csv(_file(f"relations/{name}.csv", folder), dtype=str, keep_default_na=False)
-    if missing := [column for column in COLUMNS if column not in table.columns]:
-        raise InterpError(
-            f"The table of relation {name!r} has no column {missing[0]!r}; it needs {' and '.join(COLUMNS)}."
-        )
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise InterpError(f"The table of relation {name!r} has no column {missing[0]!r}; it needs {COLUMNS}.")
     table = table[COLUMNS].apply(lambda column: column.str.strip())
-    empty = table.index[(table == "").any(axis=1)]
-    if len(empty):
-        raise InterpError(f"Row {empty[0] + 1} of relation {name!r} has an empty cell; fill it or delete the row.")
-    twice = table.loc[table["subject"].duplicated(), "subject"]
-    if len(twice):
-        raise InterpError(f"The subject {twice.iloc[0]!r} stands twice in relation {name!r}; keep one row of it.")
+    if len(empty := table.index[(table == "").any(axis=1)]):
+        raise InterpError(f"Row {empty[0] + 1} of relation {name!r} has an empty cell; fill it.")
+    if len(twice := table.loc[table["subject"].duplicated(), "subject"]):
+        raise InterpError(f"The subject {twice.iloc[0]!r} stands twice in relation {name!r}; delete one row.")
     return table
 
 
 def _contexts(name: str, which: str, lists: dict[str, list[str]]) -> tuple[str, ...]:
     if which not in lists:
         raise InterpError(f"Relation {name!r} asks for unknown contexts {which!r}.{nearest(which, lists)}")
-    for context in lists[which]:
-        if not context.endswith(" {}") or context.count("{}") != 1:
-            raise InterpError(
-                f"The context {context!r} must end in ' {{}}', where the subject goes, and have no other '{{}}'."
-            )
+    if wrong := [context for context in lists[which] if context.find("{}") != len(context) - 2]:
+        raise InterpError(f"The context {wrong[0]!r} must end in '{{}}', where the subject goes.")
     return tuple(lists[which])
