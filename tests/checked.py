@@ -21,6 +21,8 @@ NAMES = (
     "patchscopes",
     "records",
     "seeds",
+    "facts",
+    "corpora",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
