@@ -15,8 +15,10 @@ from interp_utils.activations import check_layer, tokenize
 from interp_utils.candidates import distinguishing
 from interp_utils.cell_measures import Measures
 from interp_utils.errors import InterpError
+from interp_utils.greedy import continue_greedily
 from interp_utils.interventions import generate, patch
 from interp_utils.quintuplet import Patchscope, find_placeholder
+from interp_utils.shared_prefix import PatchedRows
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -148,15 +150,12 @@ def _measured(
 
 
 def _texts(scope: Patchscope, vectors: Tensor, into: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
-    edits = [patch(layer, scope.position, v) for layer, v in zip(into, vectors, strict=True)]
-    made = generate(
-        scope.model,
-        scope.target,
-        edits,
-        max_new_tokens=max_new_tokens,
-        expect_change=False,
-        batch_size=len(edits),
-    )
+    rows = scope.rows(vectors, into)
+    if isinstance(rows, PatchedRows):
+        made = continue_greedily(rows, max_new_tokens)
+    else:
+        edits = [patch(layer, scope.position, v) for layer, v in zip(into, vectors, strict=True)]
+        made = generate(scope.model, scope.target, edits, max_new_tokens=max_new_tokens, expect_change=False)
     return {"text": made.texts, "gap": made.gaps.min(dim=-1).values.tolist()}
 
 

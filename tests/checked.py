@@ -16,6 +16,7 @@ NAMES = (
     "interventions",
     "candidates",
     "shared_prefix",
+    "greedy",
     "quintuplet",
     "cell_measures",
     "patchscopes",

@@ -12,9 +12,11 @@ from torch import Tensor
 from interp_utils.activations import logit_lens, next_token_logits, residual_stream, tokenize
 from interp_utils.candidates import candidate_log_probs, distinguishing
 from interp_utils.errors import InterpError
+from interp_utils.greedy import continue_greedily, top_two
+from interp_utils.interventions import generate, patch
 from interp_utils.patchscopes import Patchscope, chunk_rows, grid, patched_logits
 from interp_utils.quintuplet import EditedRows
-from interp_utils.shared_prefix import SharedPrefix
+from interp_utils.shared_prefix import SharedPrefix, fits_window
 from tests import families
 from tests.oracle import Oracle, relative, same_but_for_ties
 
@@ -169,6 +171,54 @@ def test_candidates_are_teacher_forced_up_to_where_they_differ(any_model: Any) -
         assert row.log_prob == pytest.approx(float(expected[row.source]), abs=1e-3)
         assert row.choice == candidates[int(expected.argmax())]
         assert row.correct == (row.choice == candidates[row.source])
+
+
+@pytest.mark.parametrize(("target", "position"), TARGETS)
+def test_greedy_text_is_what_generate_gives(any_model: Any, target: str, position: int) -> None:
+    """Ends of text included: the tiny models say <eos> now and then, some rows before others."""
+    if not fits_window(any_model, target):
+        pytest.skip("beyond the window whole prompts are run, by generate itself")
+    ids, n = tokenize(any_model, target), len(any_model.layers)
+    at = position if position < 0 else position - len(ids)
+    states = states_of(any_model).flatten(0, 1)
+    into = [row % n for row in range(len(states))]
+    scope = Patchscope(any_model, target, at)
+    found = continue_greedily(scope.rows(states, into), 12)
+    edits = [patch(layer, at, state) for layer, state in zip(into, states, strict=True)]
+    expected = generate(any_model, target, edits, max_new_tokens=12, expect_change=False)
+    assert found.tokens.shape == expected.tokens.shape
+    for row in range(len(states)):
+        mine, theirs = found.tokens[row].tolist(), expected.tokens[row].tolist()
+        assert same_but_for_ties(mine, theirs, expected.gaps[row].tolist())
+        if mine == theirs:
+            assert found.texts[row] == expected.texts[row]
+            before_end = expected.gaps[row][found.gaps[row].isfinite()]
+            assert found.gaps[row][found.gaps[row].isfinite()] == pytest.approx(before_end, abs=1e-3)
+
+
+def test_rows_stop_at_the_end_of_text(wide_gemma: Any) -> None:
+    rows = Patchscope(wide_gemma, "the cat; x", "x").rows(states_of(wide_gemma)[0], [0, 1, 2, 3])
+    free = continue_greedily(rows, 6).tokens
+    generation = wide_gemma._module.generation_config
+    before, stop = generation.eos_token_id, int(free[0, 2])
+    try:
+        generation.eos_token_id = [stop, 1]
+        ended = continue_greedily(rows, 6)
+    finally:
+        generation.eos_token_id = before
+    first = free[0].tolist().index(stop)
+    assert ended.tokens[0].tolist() == [*free[0, : first + 1].tolist(), *[0] * (5 - first)]
+    assert ended.gaps[0, first + 1 :].isinf().all() and ended.gaps[0, : first + 1].isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [280, 4096, 8192, 5000])
+def test_top_two_is_topk(vocab: int) -> None:
+    logits = torch.randn(7, vocab, generator=torch.Generator().manual_seed(vocab))
+    logits[0, :2] = 9.0  # both in one block, and equal
+    values, indices = top_two(logits)
+    expected = logits.topk(2)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(indices[1:], expected.indices[1:]) and set(indices[0].tolist()) == {0, 1}
 
 
 def test_slow_rows_read_the_same(wide_gemma: Any) -> None:
