@@ -27,6 +27,9 @@ StateMap = Callable[[Tensor, int, int], Tensor]
 class Patchscope:
     """The quintuplet (T, i*, f, M*, l*), to be applied to a state of (S, i, M, l); section 3 of the paper.
 
+    T runs once, when the first cell is computed, and its run is kept: after a change of M*'s weights make
+    a new Patchscope.
+
     Attributes:
         model: M*, which reads the target prompt.
         target: T.
