@@ -117,6 +117,10 @@ def test_comparable_and_ceiling() -> None:
         "class_sizes", "comparable", "ceiling", kept={"r": [0, 2]}, answers=[0, 1, 2], kind="one-to-one"
     )
     assert single.comparable("r") == [0, 2]
+    lone = book(
+        "class_sizes", "comparable", kept={"r": [0, 1, 2, 3, 6]}
+    )  # one class of three is nothing to tell apart
+    assert lone.comparable("r") == []
 
 
 def test_nearest_unseen_is_the_best_cosine_of_the_others() -> None:
