@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp_utils.interventions import Generation
-from interp_utils.shared_prefix import PatchedRows, new_cache
+from interp_utils.shared_prefix import PatchedRows
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -24,7 +24,7 @@ def continue_greedily(rows: PatchedRows, max_new_tokens: int) -> Generation:
     """
     model = rows.shared.model
     fill, ends = model.tokenizer.pad_token_id or 0, _end_tokens(model)
-    cache = _cache(rows)
+    cache = rows.cache()
     going = torch.ones(len(rows.resid), dtype=torch.bool)
     tokens, gaps = [], []
     logits = rows.logits()
@@ -59,14 +59,6 @@ def top_two(
     few = blocks[torch.arange(n_rows)[:, None], best].flatten(1)
     values, at = few.topk(2)
     return values, best.gather(1, at // BLOCK) * BLOCK + at % BLOCK
-
-
-def _cache(rows: PatchedRows) -> Any:
-    """Keys and values of the whole prompt, in the order of the rows."""
-    cache = new_cache(rows.shared.model)
-    for layer in range(len(rows.shared.blocks)):
-        cache.update(*(part[rows.order] for part in rows._cached(layer)), layer)
-    return cache
 
 
 def _end_tokens(model: TransformersModel) -> Int[Tensor, " end"]:

@@ -191,6 +191,11 @@ def _wrap(folder: str, info: ModelInfo, **options: Any) -> TransformersModel:
         if bar:
             logging.enable_progress_bar()
     module.to(options["device"]).eval().requires_grad_(False)
+    # A slice such as the last position of each row is not contiguous; on a CPU a large unembedding
+    # then takes eight times as long.
+    unembed = module.get_output_embeddings()
+    if unembed is not None:
+        unembed.register_forward_pre_hook(lambda _, args: tuple(arg.contiguous() for arg in args))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if info.weights == "hub:":

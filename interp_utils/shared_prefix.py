@@ -148,30 +148,31 @@ class PatchedRows:
 
     def log_probs_after(self, path: Sequence[int]) -> Float[Tensor, "row vocab"]:
         """Log-probabilities of the token after `path`, which follows the prompt in every row."""
-        model, n_rows = self.shared.model, len(self.resid)
-        cache = new_cache(model)
-        for layer in range(len(self.shared.blocks)):
-            cache.update(*self._cached(layer), layer)
-        tokens = torch.tensor([list(path)] * n_rows, device=self.resid.device)
+        tokens = torch.tensor([list(path)] * len(self.resid), device=self.resid.device)
         with torch.no_grad():
-            logits = model._module(
-                input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+            logits = self.shared.model._module(
+                input_ids=tokens, past_key_values=self.cache(), use_cache=True, logits_to_keep=1
             ).logits[:, -1]
-        return logits.log_softmax(-1)[self.order]
+        return logits.log_softmax(-1)
 
-    def _cached(self, layer: int) -> list[Tensor]:
-        """Keys and values of the whole prompt in every row, rows sorted by the layer of their patch."""
-        parts = []
-        for i in range(2):
-            tail = self.shared.tail[layer][i]
-            if layer in self._own:
-                own = self._own[layer][i]
-                tail = torch.cat([own, _repeat(tail, len(self.resid) - len(own))])
-            else:
-                tail = _repeat(tail, len(self.resid))
-            before = [_repeat(self.shared.prefix[layer][i], len(tail))] if self.shared.prefix else []
-            parts.append(torch.cat([*before, tail], dim=2))
-        return parts
+    def cache(self) -> Any:
+        """Keys and values of the whole prompt in every row, for tokens that follow it."""
+        cache = new_cache(self.shared.model)
+        for layer in range(len(self.shared.blocks)):
+            cache.update(*(self._whole(layer, i) for i in range(2)), layer)
+        return cache
+
+    def _whole(self, layer: int, i: int) -> Tensor:
+        """Keys (0) or values (1) of one layer: the shared prefix, then each row's own tail."""
+        n_rows = len(self.resid)
+        tail = self.shared.tail[layer][i]
+        if layer in self._own:  # rows that were patched above this layer still have the shared tail
+            own = self._own[layer][i]
+            tail = torch.cat([own, _repeat(tail, n_rows - len(own))])[self.order]
+        else:
+            tail = _repeat(tail, n_rows)
+        before = [_repeat(self.shared.prefix[layer][i], n_rows)] if self.shared.prefix else []
+        return torch.cat([*before, tail], dim=2)
 
 
 class _Rows:
