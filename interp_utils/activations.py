@@ -90,6 +90,12 @@ def check_layer(model: TransformersModel, layer: int) -> int:
     return layer % n_layers
 
 
+def check_finite(states: Tensor, what: str = "states") -> None:
+    """Raise InterpError for NaN or infinity, whose arg max would pass for an answer."""
+    if not states.isfinite().all():
+        raise InterpError(f"The {what} hold NaN or infinity (padding is NaN); give finite numbers only.")
+
+
 def from_end(length: int, position: int) -> int:
     """A position of a prompt of `length` tokens as a negative number, safe under left padding.
 

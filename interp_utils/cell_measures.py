@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_utils.activations import logit_lens
+from interp_utils.activations import check_finite, logit_lens
 from interp_utils.candidates import Rows, candidate_log_probs, distinguishing
 from interp_utils.errors import InterpError
 
@@ -25,7 +25,7 @@ class Measures:
     candidates: Sequence[str] | None = None
     answers: Sequence[str] | None = None
     top_k: int = 0
-    final: Float[Tensor, "_ source_width"] | None = None
+    final: Float[Tensor, "_ final_width"] | None = None
     source_model: TransformersModel | None = None
     max_new_tokens: int = 0
 
@@ -38,9 +38,13 @@ class Measures:
         """Complain before any heavy work.
 
         Raises:
-            InterpError: nothing to measure, answers without candidates or not among them, other
-                lengths than the sources'.
+            InterpError: nothing to measure or less, answers without candidates or not among them, other
+                lengths than the sources', NaN.
         """
+        if self.max_new_tokens < 0:
+            raise InterpError(f"max_new_tokens is {self.max_new_tokens}; give 0 for no text, or more.")
+        if isinstance(self.candidates, str):
+            raise InterpError(f"The candidates are one text, {self.candidates!r}; give a list of texts.")
         if not self.reads and not self.max_new_tokens:
             raise InterpError("Nothing to measure; give candidates, top_k, final or max_new_tokens.")
         if self.answers is not None:
@@ -50,11 +54,35 @@ class Measures:
         for name, given in (("answers", self.answers), ("final states", self.final)):
             if given is not None and len(given) != n_sources:
                 raise InterpError(f"{len(given)} {name} for {n_sources} sources; give one each.")
+        if self.final is not None:
+            check_finite(self.final, "final states")
+
+    def check_model(self, model: TransformersModel) -> None:
+        """Raise InterpError for what M* or the source model cannot give: tokens, width, the same vocabulary."""
+        vocab, source = model.config.vocab_size, self.source_model or model
+        if not 0 <= self.top_k <= vocab:
+            raise InterpError(f"top_k is {self.top_k} but the vocabulary has {vocab} tokens; give 0 to that.")
+        if self.final is None:
+            return
+        if self.final.shape[1:] != (source.config.hidden_size,):
+            raise InterpError(
+                f"The final states have width {self.final.shape[-1]} but the d_model of the model that reads "
+                f"them is {source.config.hidden_size}; give M as source_model."
+            )
+        if source is not model and source.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+            raise InterpError(
+                "Source and target model have different vocabularies, so that their next tokens cannot be "
+                "compared; leave `final` out and compare texts."
+            )
 
     def columns(self, paths: list[list[int]] | None) -> int | None:
         """How many columns of the vocabulary are read; None is all."""
-        short = paths is not None and max(map(len, paths)) == 1
-        return len(paths) if paths and short and self.final is None and not self.top_k else None
+        whole = self.top_k or self.final is not None or self.new_tokens(paths)
+        return None if paths is None or whole else len(paths)
+
+    def new_tokens(self, paths: list[list[int]] | None) -> int:
+        """How many tokens are run after T: of a text, or of the longest candidate but its last."""
+        return max(self.max_new_tokens, *(len(path) - 1 for path in paths or [[0]]))
 
     def of(
         self, model: TransformersModel, rows: Rows, sources: Sequence[int], paths: list[list[int]] | None

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import tomllib
 from dataclasses import dataclass
@@ -72,15 +74,16 @@ def load_relation(name: str, folder: Path | str | None = None) -> Relation:
         folder: your own folder with `relations.toml` and `relations/<name>.csv`, instead of `data/facts`.
 
     Raises:
-        InterpError: no such relation; a file, field, column or cell is missing; a subject stands in two rows or
-            in a demonstration; a target without its one placeholder; a context that does not end in "{}".
+        InterpError: no such relation; a file that is missing or not UTF-8; a field, column or cell that is
+            missing or one too many; a subject, or a one-to-one answer, in two rows; a subject in a prompt; a
+            target without its one placeholder; a context that does not end in "{}".
     """
     relations = _relations(folder)
     if name not in (names := relation_names(folder)):
         raise InterpError(f"There is no relation {name!r}.{nearest(name, names)}")
     about = relations[name]
-    if missing := [key for key in TEXTS if not about.get(key)]:
-        raise InterpError(f"The relation {name!r} has no {missing[0]!r} in relations.toml; add it.")
+    if missing := [key for key in TEXTS if not (about.get(key) and isinstance(about[key], str))]:
+        raise InterpError(f"The relation {name!r} has no {missing[0]!r} as a text in relations.toml; add it.")
     if about["kind"] not in KINDS:
         raise InterpError(f"Relation {name!r} has kind {about['kind']!r}; use {' or '.join(KINDS)}.")
     for key in ("target", "paper_target"):
@@ -91,13 +94,20 @@ def load_relation(name: str, folder: Path | str | None = None) -> Relation:
                 f"no {PLACEHOLDER!r} after it; it is {about[key]!r}."
             )
     contexts = _contexts(name, about["contexts"], relations.get("contexts", {}))
-    table = _table(name, folder)
-    if leaked := [subject for subject in table["subject"] if _word(subject).search(about["target"])]:
-        raise InterpError(
-            f"The subject {leaked[0]!r} of relation {name!r} stands in its target; delete its row."
-        )
-    texts = {key: about[key] for key in TEXTS}
-    return Relation(name, table=table, **(texts | {"contexts": contexts}))
+    table = _table(name, folder, COLUMNS if about["kind"] == "one-to-one" else COLUMNS[:1])
+    texts = {key: about[key] for key in TEXTS} | {"contexts": contexts}
+    _check_leaks(name, table, texts)
+    return Relation(name, table=table, **texts)
+
+
+def _check_leaks(name: str, table: pd.DataFrame, texts: dict[str, Any]) -> None:
+    for key in ("target", "paper_target", "contexts"):
+        text = "\n".join(texts[key]) if key == "contexts" else texts[key]
+        for subject in table["subject"]:
+            if subject in text and _word(subject).search(text):
+                raise InterpError(
+                    f"The subject {subject!r} of relation {name!r} stands in its {key}; delete its row."
+                )
 
 
 def _word(word: str) -> re.Pattern[str]:
@@ -114,28 +124,54 @@ def _file(relative: str, folder: Path | str | None) -> Path:
 def _relations(folder: Path | str | None) -> dict[str, Any]:
     path = _file("relations.toml", folder)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        relations = tomllib.loads(_text(path))
     except tomllib.TOMLDecodeError as error:
         raise InterpError(f"{path} is not valid TOML: {error}; correct it.") from None
+    if stray := [key for key, value in relations.items() if not isinstance(value, dict)]:
+        raise InterpError(f"The key {stray[0]!r} of {path} stands in no table; move or delete it.")
+    return relations
 
 
-def _table(name: str, folder: Path | str | None) -> pd.DataFrame:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InterpError(f"{path} is not UTF-8; save it with that encoding.") from None
+
+
+def _table(name: str, folder: Path | str | None, unique: list[str]) -> pd.DataFrame:
     import pandas as pd
 
-    table = pd.read_csv(_file(f"relations/{name}.csv", folder), dtype=str, keep_default_na=False)
-    if missing := [column for column in COLUMNS if column not in table]:
+    lines = io.StringIO(_text(_file(f"relations/{name}.csv", folder)))
+    try:
+        header, *rows = [row for row in csv.reader(lines, strict=True) if row] or [[]]
+    except csv.Error as error:
+        raise InterpError(f"The table of relation {name!r} is not valid CSV: {error}; correct it.") from None
+    if missing := [column for column in COLUMNS if column not in header]:
         raise InterpError(f"The table of relation {name!r} has no column {missing[0]!r}; it needs {COLUMNS}.")
-    table = table[COLUMNS].apply(lambda column: column.str.strip())
+    if not rows:
+        raise InterpError(f"The table of relation {name!r} has no rows; add a subject and its answer.")
+    if ragged := [i for i, row in enumerate(rows, 1) if len(row) != len(header)]:
+        raise InterpError(
+            f"Row {ragged[0]} of relation {name!r} has not the header's {len(header)} cells; quote commas."
+        )
+    cells = [[row[header.index(column)].strip() for column in COLUMNS] for row in rows]
+    table = pd.DataFrame(cells, columns=COLUMNS, dtype=str)
     if len(empty := table.index[(table == "").any(axis=1)]):
         raise InterpError(f"Row {empty[0] + 1} of relation {name!r} has an empty cell; fill it.")
-    if len(twice := table.loc[table["subject"].duplicated(), "subject"]):
-        raise InterpError(f"The subject {twice.iloc[0]!r} stands twice in relation {name!r}; delete one row.")
+    for key in unique:
+        if len(twice := table.loc[table[key].duplicated(), key]):
+            raise InterpError(
+                f"The {key} {twice.iloc[0]!r} stands twice in relation {name!r}; delete one row."
+            )
     return table
 
 
-def _contexts(name: str, which: str, lists: dict[str, list[str]]) -> tuple[str, ...]:
+def _contexts(name: str, which: str, lists: dict[str, Any]) -> tuple[str, ...]:
     if which not in lists:
         raise InterpError(f"Relation {name!r} asks for unknown contexts {which!r}.{nearest(which, lists)}")
+    if not (lists[which] and isinstance(lists[which], list) and {type(c) for c in lists[which]} == {str}):
+        raise InterpError(f"The contexts {which!r} are not a list of texts; give at least one.")
     if wrong := [context for context in lists[which] if context.find("{}") != len(context) - 2]:
         raise InterpError(f"The context {wrong[0]!r} must end in '{{}}', where the subject goes.")
     return tuple(lists[which])

@@ -20,14 +20,16 @@ BLOCK = 1024  # columns; the best two of a large vocabulary lie in the best two 
 def continue_greedily(rows: PatchedRows, max_new_tokens: int) -> Generation:
     """The tokens, texts and top-2 gaps that `interventions.generate` gives for the same patches.
 
-    It runs no prompt: keys and values of the shared prefix and of the rows' own tokens are at hand.
+    Plainly the arg max, as there. It runs no prompt: keys and values of the shared prefix and of the rows'
+    own tokens are at hand. What it gives is on the CPU.
     """
     model = rows.shared.model
-    fill, ends = model.tokenizer.pad_token_id or 0, _end_tokens(model)
+    fill = model.tokenizer.pad_token_id or 0
     cache = rows.cache()
-    going = torch.ones(len(rows.resid), dtype=torch.bool)
-    tokens, gaps = [], []
     logits = rows.logits()
+    ends = _end_tokens(model, logits.device)
+    going = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    tokens, gaps = [], []
     for step in range(max_new_tokens):
         best, ids = top_two(logits)
         chosen = torch.where(going, ids[:, 0], fill)
@@ -41,8 +43,8 @@ def continue_greedily(rows: PatchedRows, max_new_tokens: int) -> Generation:
                 input_ids=chosen[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
     missing = max_new_tokens - len(tokens)
-    together = torch.nn.functional.pad(torch.stack(tokens, dim=1), (0, missing), value=fill)
-    gap = torch.nn.functional.pad(torch.stack(gaps, dim=1), (0, missing), value=torch.inf)
+    together = torch.nn.functional.pad(torch.stack(tokens, dim=1).cpu(), (0, missing), value=fill)
+    gap = torch.nn.functional.pad(torch.stack(gaps, dim=1).cpu(), (0, missing), value=torch.inf)
     return Generation(together, model.tokenizer.batch_decode(together, skip_special_tokens=True), gap)
 
 
@@ -56,12 +58,12 @@ def top_two(
         return found.values, found.indices
     blocks = logits.view(n_rows, -1, BLOCK)
     best = blocks.amax(-1).topk(2).indices  # (row, 2)
-    few = blocks[torch.arange(n_rows)[:, None], best].flatten(1)
+    few = blocks[torch.arange(n_rows, device=best.device)[:, None], best].flatten(1)
     values, at = few.topk(2)
     return values, best.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
-def _end_tokens(model: TransformersModel) -> Int[Tensor, " end"]:
+def _end_tokens(model: TransformersModel, device: torch.device) -> Int[Tensor, " end"]:
     """The tokens that end a text."""
     ends = model._module.generation_config.eos_token_id
-    return torch.tensor([] if ends is None else ends).reshape(-1).long()
+    return torch.tensor([] if ends is None else ends, device=device).reshape(-1).long()

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 
+# What a model's generation_config may ask for beyond the arg max, switched off.
+OFF = (
+    "min_length min_new_tokens stop_strings repetition_penalty no_repeat_ngram_size bad_words_ids guidance_scale "
+    "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty suppress_tokens sequence_bias "
+    "begin_suppress_tokens watermarking_config renormalize_logits remove_invalid_values"
+).split()
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """One change of one residual state: `change` maps "d_model" to "d_model"."""
@@ -133,6 +141,7 @@ def generate(
 ) -> Generation:
     """Greedy generation with one row per entry of `edits`; edits act in prefill only.
 
+    Plainly the arg max: penalties, suppressed tokens and the like of the model's generation_config are off.
     When all rows share their prompt, the tokens before the first edited position run once and
     their keys and values are shared.
 
@@ -158,7 +167,8 @@ def _generate(
     inputs: dict[str, Any] = pad(model, rows)
     del inputs["position_ids"]  # generation derives them from the mask
     width = inputs["input_ids"].shape[1]
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+    options |= dict.fromkeys(OFF)
     remote = model.info.remote
     gaps = _Gaps()
     if not remote:  # a processor and a cache cannot travel

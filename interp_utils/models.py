@@ -31,6 +31,7 @@ UNIFORM_NAMES = {
     "gpt_neox.final_layer_norm": "final_norm",
     "embed_out": "unembed",
 }
+SCALED_LOGITS = ("logits_scaling", "logit_scale")  # Granite, Cohere: after the unembedding
 
 
 @dataclass(frozen=True)
@@ -233,5 +234,11 @@ def _named(model: TransformersModel, info: ModelInfo) -> TransformersModel:
             f"{info.source} has an architecture without {', '.join(missing)}; "
             "Gemma 3, Llama-style, GPT-2 and GPT-NeoX models are known."
         )
+    for key in SCALED_LOGITS:
+        if (factor := getattr(model.config, key, None)) not in (None, 1):
+            raise InterpError(
+                f"{info.source} multiplies or divides its logits ({key}={factor}), which this package would "
+                "read unscaled; choose another model."
+            )
     model.info = info
     return model

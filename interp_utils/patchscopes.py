@@ -11,14 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from interp_utils.activations import check_layer, tokenize
-from interp_utils.candidates import distinguishing
+from interp_utils.activations import check_finite, check_layer, tokenize
+from interp_utils.candidates import Rows, distinguishing
 from interp_utils.cell_measures import Measures
 from interp_utils.errors import InterpError
 from interp_utils.greedy import continue_greedily
-from interp_utils.interventions import generate, patch
-from interp_utils.quintuplet import Patchscope, find_placeholder
-from interp_utils.shared_prefix import PatchedRows
+from interp_utils.quintuplet import EditedRows, Patchscope, find_placeholder
+from interp_utils.shared_prefix import PatchedRows, kept_per_token
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -46,7 +45,7 @@ def patched_logits(
         memory_gb: most memory that a chunk of rows may take.
 
     Raises:
-        InterpError: mismatched widths or lengths, a layer out of range, a limit that no row fits in.
+        InterpError: mismatched widths or lengths, a layer out of range, NaN, a limit that no row fits in.
     """
     into = [_target(scope, layer) for layer in layers] if into is None else into
     if not len(states) == len(layers) == len(into):
@@ -72,7 +71,7 @@ def grid(
     candidates: Sequence[str] | None = None,
     answers: Sequence[str] | None = None,
     top_k: int = 0,
-    final: Float[Tensor, "_ source_width"] | None = None,
+    final: Float[Tensor, "_ final_width"] | None = None,
     source_model: TransformersModel | None = None,
     max_new_tokens: int = 0,
     memory_gb: float = 1.0,
@@ -93,17 +92,20 @@ def grid(
         final: last-layer states of the sources: `token` (top-1 of the patched run), `precision` (is it
             top-1 of the source run too? its mean is precision@1) and `surprisal` (-log p of that token
             in the source run, nats); section 4.1.
-        source_model: M, whose unembedding reads `final`; None is M*.
+        source_model: M, with the vocabulary of M*, whose unembedding reads `final`; None is M*.
         max_new_tokens: greedy continuation `text`, and `gap`, the smallest lead of the best token over
             the second (below 1e-3 another batch shape may decide otherwise).
         memory_gb: most memory that a chunk of cells may take; the progress bar says what chunks that makes.
         progress: show the bar where there is more than one chunk.
 
     Raises:
-        InterpError: nothing to measure, mismatched lengths or widths, candidates that cannot be told
-            apart, a layer out of range, a memory limit that no cell fits in.
+        InterpError: nothing to measure, mismatched lengths, widths or vocabularies, NaN, candidates that
+            cannot be told apart, a layer out of range, a text that outgrows M*'s context, a memory limit
+            that no cell fits in.
     """
     named = {"": scopes} if isinstance(scopes, Patchscope) else dict(scopes)
+    if not named:
+        raise InterpError("There is no Patchscope; give at least one.")
     measures = Measures(candidates, answers, top_k, final, source_model, max_new_tokens)
     measures.check(len(states))
     which = list(range(states.shape[1])) if layers is None else [int(layer) for layer in layers]
@@ -111,51 +113,70 @@ def grid(
         raise InterpError(
             f"{states.shape[1]} layers of states but {len(which)} layer numbers; give one each."
         )
+    check_finite(states)
+    plans = [_plan(scope, states, which, into, measures, memory_gb) for scope in named.values()]
     tables = []
-    for name, scope in named.items():
-        cells = _cells(scope, len(states), which, into)
-        column = [which.index(layer) for layer in cells.layer]
-        rows = states[torch.tensor(list(cells.source)), torch.tensor(column)]
-        vectors = scope.mapped(rows, list(cells.layer), list(cells["into"]))
-        table = _measured(scope, vectors, cells, measures, memory_gb, name or "grid", progress)
+    for (name, scope), plan in zip(named.items(), plans, strict=True):
+        table = _measured(scope, states, *plan, measures, name or "grid", progress)
         tables.append(table.assign(scope=name)[["scope", *table]] if name else table)
     return pd.concat(tables, ignore_index=True)
 
 
-def _measured(
+def _plan(
     scope: Patchscope,
-    vectors: Float[Tensor, "row d_model"],
-    cells: pd.DataFrame,
+    states: Float[Tensor, "source layer source_width"],
+    layers: Sequence[int],
+    into: Sequence[int] | None,
     measures: Measures,
     memory_gb: float,
+) -> tuple[pd.DataFrame, list[list[int]] | None, int]:
+    """Cells, tokens of the candidates and cells per chunk, with all that can be checked beforehand."""
+    measures.check_model(scope.model)
+    paths = measures.paths(scope.model)
+    new = measures.new_tokens(paths)
+    tokenize(scope.model, scope.target, new)
+    cells = _cells(scope, len(states), layers, into)
+    _vectors(scope, states, cells[:1])
+    return cells, paths, chunk_rows(scope, memory_gb, measures.columns(paths), new)
+
+
+def _vectors(
+    scope: Patchscope, states: Float[Tensor, "source layer source_width"], cells: pd.DataFrame
+) -> Float[Tensor, "row d_model"]:
+    own = states[torch.tensor(list(cells.source)), torch.tensor(list(cells.column))]
+    return scope.mapped(own, list(cells.layer), list(cells["into"]))
+
+
+def _measured(
+    scope: Patchscope,
+    states: Float[Tensor, "source layer source_width"],
+    cells: pd.DataFrame,
+    paths: list[list[int]] | None,
+    chunk: int,
+    measures: Measures,
     label: str,
     progress: bool,
 ) -> pd.DataFrame:
     """The cells of one Patchscope with their measurements, chunk by chunk."""
-    paths = measures.paths(scope.model)
-    chunk = chunk_rows(scope, memory_gb, measures.columns(paths))
     starts = range(0, len(cells), chunk)
     label = f"{label}: {len(cells):,} cells, {chunk} at a time"
     parts = []
     for start in tqdm(starts, desc=label, unit="chunk", disable=not progress or len(starts) == 1):
         part = cells.iloc[start : start + chunk]
-        own, into = vectors[start : start + chunk], [int(layer) for layer in part["into"]]
-        values: dict[str, Any] = {}
-        if measures.reads:
-            values = measures.of(scope.model, scope.rows(own, into), list(part.source), paths)
+        rows = scope.rows(_vectors(scope, states, part), [int(layer) for layer in part["into"]])
+        values = measures.of(scope.model, rows, list(part.source), paths)
         if measures.max_new_tokens:
-            values |= _texts(scope, own, into, measures.max_new_tokens)
-        parts.append(part.assign(**values))
+            values |= _texts(rows, measures.max_new_tokens)
+        parts.append(part.drop(columns="column").assign(**values))
     return pd.concat(parts)
 
 
-def _texts(scope: Patchscope, vectors: Tensor, into: Sequence[int], max_new_tokens: int) -> dict[str, Any]:
-    rows = scope.rows(vectors, into)
+def _texts(rows: Rows, max_new_tokens: int) -> dict[str, Any]:
     if isinstance(rows, PatchedRows):
         made = continue_greedily(rows, max_new_tokens)
     else:
-        edits = [patch(layer, scope.position, v) for layer, v in zip(into, vectors, strict=True)]
-        made = generate(scope.model, scope.target, edits, max_new_tokens=max_new_tokens, expect_change=False)
+        assert isinstance(rows, EditedRows)
+        made = rows.generate(max_new_tokens)
     return {"text": made.texts, "gap": made.gaps.min(dim=-1).values.tolist()}
 
 
@@ -166,30 +187,36 @@ def _target(scope: Patchscope, layer: int) -> int:
 def _cells(
     scope: Patchscope, n_sources: int, layers: Sequence[int], into: Sequence[int] | None
 ) -> pd.DataFrame:
-    """All (source, layer, into), in that nesting, with l* checked against M*."""
-    pairs = [(layer, to) for layer in layers for to in ([_target(scope, layer)] if into is None else into)]
-    rows = [(s, layer, check_layer(scope.model, to)) for s in range(n_sources) for layer, to in pairs]
+    """All (source, layer, into), in that nesting, with l* checked against M*, and the states' column."""
+    rows = [
+        (source, layer, check_layer(scope.model, to), column)
+        for source in range(n_sources)
+        for column, layer in enumerate(layers)
+        for to in ([_target(scope, layer)] if into is None else into)
+    ]
     if not rows:
         raise InterpError("The grid is empty; give at least one source, one layer and one target layer.")
-    return pd.DataFrame(rows, columns=["source", "layer", "into"])
+    return pd.DataFrame(rows, columns=["source", "layer", "into", "column"])
 
 
-def chunk_rows(scope: Patchscope, memory_gb: float, columns: int | None = None) -> int:
+def chunk_rows(scope: Patchscope, memory_gb: float, columns: int | None = None, new: int = 0) -> int:
     """How many cells at a time keep their logits, keys and values and activations below the limit.
 
     Args:
         scope: its target and model decide the size of a cell.
         memory_gb: the limit, in 10^9 bytes.
         columns: columns of the vocabulary that are read; None is all.
+        new: tokens that are run after T, over keys and values of its whole length.
 
     Raises:
         InterpError: not even one cell fits.
     """
-    config = scope.model.config
-    n_tokens, n_layers = len(tokenize(scope.model, scope.target)), len(scope.model.layers)
+    config, kept = scope.model.config, kept_per_token(scope.model)
+    n_tokens = len(tokenize(scope.model, scope.target))
+    tail, columns = (-scope.position, columns) if scope.shares else (n_tokens, None)
     widest = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     per_cell = 3 * (config.vocab_size if columns is None else columns)  # logits, and two copies
-    per_cell -= scope.position * (widest + 2 * config.hidden_size * n_layers)  # position < 0: the tail
+    per_cell += tail * (widest + kept) + ((n_tokens + new) * kept if new else 0)
     per_cell += 8 * n_tokens * config.hidden_size  # the shared prefix, repeated in one layer at a time
     rows = int(memory_gb * 1e9 // (4 * per_cell))
     if rows < 1:

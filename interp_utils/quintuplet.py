@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp_utils.activations import check_layer, from_end, tokenize
+from interp_utils.activations import check_finite, check_layer, from_end, tokenize
 from interp_utils.candidates import Rows
 from interp_utils.errors import InterpError
-from interp_utils.interventions import edited_logits, patch
-from interp_utils.shared_prefix import SharedPrefix, fits_window
+from interp_utils.interventions import Edit, Generation, edited_logits, generate, patch
+from interp_utils.shared_prefix import SharedPrefix, check_rows, fits_window
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -34,7 +34,8 @@ class Patchscope:
         model: M*, which reads the target prompt.
         target: T.
         placeholder: i*, as a text that is one token of T (its last occurrence counts) or a position.
-        mapping: f(states "row d_model", l, l*) -> "row d_model" of M*; None is the identity.
+        mapping: f(states "row d_model", l, l*) -> "row d_model" of M*, each row by itself (a grid maps chunk by
+            chunk); None is the identity.
         layer: l*; None is l* = l.
 
     Raises:
@@ -64,25 +65,24 @@ class Patchscope:
         """The run of T that all cells share."""
         return SharedPrefix(self.model, self.target, self.position)
 
+    @property
+    def shares(self) -> bool:
+        """Whether T runs once: keys and values cannot be kept on another machine or beyond a sliding window."""
+        return not self.model.info.remote and fits_window(self.model, self.target)
+
     def rows(self, vectors: Float[Tensor, "row d_model"], into: Sequence[int]) -> Rows:
         """Run T with each row's mapped state at i*, after its own l*."""
-        # Keys and values cannot be kept on another machine, nor beyond a sliding window.
-        if self.model.info.remote or not fits_window(self.model, self.target):
-            return EditedRows(self, vectors, into)
-        return self.shared.run(vectors, into)
+        return self.shared.run(vectors, into) if self.shares else EditedRows(self, vectors, into)
 
     def mapped(
         self, states: Float[Tensor, "row source_width"], layers: Sequence[int], into: Sequence[int]
     ) -> Float[Tensor, "row d_model"]:
         """f of each row's state, from its l to its l*."""
-        d_model = self.model.config.hidden_size
+        check_finite(states)
         if self.mapping is None:
-            if states.shape[-1] != d_model:
-                raise InterpError(
-                    f"The states have width {states.shape[-1]} but the target model's d_model is {d_model}; "
-                    "give the Patchscope a mapping from one to the other."
-                )
+            check_rows(self.model, states)
             return states
+        d_model = self.model.config.hidden_size
         out = states.new_empty(len(states), d_model)
         cells = torch.tensor([list(layers), list(into)]).T
         for layer, to in cells.unique(dim=0).tolist():
@@ -94,6 +94,7 @@ class Patchscope:
                     f"{(len(own), d_model)} was expected."
                 )
             out[own] = new.to(out)
+        check_finite(out, "mapped states")
         return out
 
 
@@ -101,6 +102,7 @@ class EditedRows:
     """The readings of `PatchedRows` from whole forward passes: slower, for any prompt, also remotely."""
 
     def __init__(self, scope: Patchscope, vectors: Float[Tensor, "row d_model"], into: Sequence[int]) -> None:
+        check_rows(scope.model, vectors, into)
         self.scope, self.vectors, self.into = scope, vectors, list(into)
 
     def logits(self, tokens: Sequence[int] | None = None) -> Float[Tensor, "row vocab"]:
@@ -110,9 +112,16 @@ class EditedRows:
     def log_probs_after(self, path: Sequence[int]) -> Float[Tensor, "row vocab"]:
         return self._after(list(path)).log_softmax(-1)
 
+    def generate(self, max_new_tokens: int) -> Generation:
+        scope, limit = self.scope, max_new_tokens
+        return generate(scope.model, scope.target, self._edits(), max_new_tokens=limit, expect_change=False)
+
+    def _edits(self, new: int = 0) -> list[Edit]:
+        at = self.scope.position - new
+        return [patch(layer, at, v) for layer, v in zip(self.into, self.vectors, strict=True)]
+
     def _after(self, path: list[int]) -> Float[Tensor, "row vocab"]:
-        model, at = self.scope.model, self.scope.position - len(path)
-        edits = [patch(layer, at, v) for layer, v in zip(self.into, self.vectors, strict=True)]
+        model, edits = self.scope.model, self._edits(len(path))
         return edited_logits(model, tokenize(model, self.scope.target) + path, edits, expect_change=False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import time
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from interp_utils.interventions import Generation
 
 NEAR_TIE = 1e-3  # logits; below this gap another batch shape may choose the other token
+DECIDING = (
+    *("weights", "models", "activations", "interventions", "shared_prefix", "greedy", "candidates"),
+    *("quintuplet", "cell_measures", "patchscopes", "corpora", "facts"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ def run_study(
 ) -> Record:
     """Compute a value or a table per job, a chunk at a time, and write the record.
 
-    An interrupted study goes on from its last chunk: those of the same jobs and card are kept in
-    the build folder until the table is complete.
+    An interrupted study goes on from its last chunk: those of the same jobs, card, chunk size and source
+    of `compute` stay in the build folder until `make clean`. What `compute` calls in turn is not compared.
 
     Args:
         name: folder below `data/records`.
@@ -89,9 +94,12 @@ def run_study(
         chunk: jobs per call of `compute`.
 
     Raises:
-        InterpError: the build or data folder cannot be written.
+        InterpError: there are no jobs, or the build or data folder cannot be written.
     """
-    identity = json.dumps([dict(card), chunk], sort_keys=True) + jobs.to_csv(index=False)
+    if not len(jobs):
+        raise InterpError(f"The study {name!r} has no jobs; give at least one row.")
+    made_by = [dict(card), chunk, column, _source(compute)]
+    identity = json.dumps(made_by, sort_keys=True) + jobs.to_csv(index=False)
     run = name.replace("/", "-") + "-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
     parts = writable(build_folder() / "studies" / run, "build folder", "INTERP_BUILD")
     for start in tqdm(range(0, len(jobs), chunk), desc=name, unit="chunk"):
@@ -106,6 +114,15 @@ def run_study(
     table = _join([parts / f"{start:07}.csv" for start in range(0, len(jobs), chunk)])
     seconds = table.pop("seconds").groupby(table.pop("part")).first().sum()
     return _save(name, table, {**card, "rows": len(table), "seconds": round(float(seconds))})
+
+
+def _source(compute: Callable[..., Any]) -> str:
+    """Source of a function, of the one that a partial wraps or of an object's class; empty if not known."""
+    function = getattr(compute, "func", compute)
+    try:
+        return inspect.getsource(function if inspect.isroutine(function) else type(function))
+    except (OSError, TypeError):
+        return ""
 
 
 def _join(parts: Sequence[Path]) -> pd.DataFrame:
@@ -146,9 +163,8 @@ def study_card(model: TransformersModel, *, command: str, seed: int, data: Seque
 
 
 def code_hash() -> str:
-    """Hash of the package's ground: what reads, edits and generates."""
-    ground = ("weights.py", "models.py", "activations.py", "interventions.py", "shared_prefix.py")
-    text = b"".join((ROOT / "interp_utils" / file).read_bytes() for file in ground)
+    """Hash of the modules that decide a study's values."""
+    text = b"".join((ROOT / "interp_utils" / f"{module}.py").read_bytes() for module in DECIDING)
     return hashlib.sha256(text).hexdigest()
 
 

@@ -78,16 +78,9 @@ class SharedPrefix:
         """Put each row's state at the position, after its own layer, and go on to the last layer.
 
         Raises:
-            InterpError: no row, another width than the model's, a layer out of range.
+            InterpError: no row, another width than the model's, a layer missing or out of range.
         """
-        width = self.resid.shape[-1]
-        if states.shape[-1] != width:
-            raise InterpError(
-                f"The states have width {states.shape[-1]} but the target model's d_model is {width}; "
-                "give the Patchscope a mapping from one to the other."
-            )
-        if not len(states):
-            raise InterpError("There are no states to patch; give at least one row.")
+        check_rows(self.model, states, into)
         layers = torch.tensor([check_layer(self.model, layer) for layer in into])
         order = torch.argsort(layers, stable=True)
         rows = _Rows(self.prefix)
@@ -190,6 +183,30 @@ class _Rows:
             return keys, values
         before = [_repeat(shared, len(keys)) for shared in self.prefix[layer]]
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+
+
+def check_rows(
+    model: TransformersModel, states: Float[Tensor, "row d_model"], into: Sequence[int] | None = None
+) -> None:
+    """Raise InterpError unless there are states, of the model's width and, where given, with a layer each."""
+    width = model.config.hidden_size
+    if states.shape[-1] != width:
+        raise InterpError(
+            f"The states have width {states.shape[-1]} but the target model's d_model is {width}; "
+            "give the Patchscope a mapping from one to the other."
+        )
+    if not len(states):
+        raise InterpError("There are no states to patch; give at least one row.")
+    if into is not None and len(into) != len(states):
+        raise InterpError(f"{len(states)} states but {len(into)} target layers; give one each per row.")
+
+
+def kept_per_token(model: TransformersModel) -> int:
+    """How many numbers the keys and values of one token are, over all layers."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * len(model.layers) * heads * width
 
 
 def fits_window(model: TransformersModel, prompt: Prompt) -> bool:

@@ -135,6 +135,14 @@ def test_unknown_relation() -> None:
         ("subject,answer\nFrance,Paris\nFrance,Lyon\n", "'France' stands twice"),
         ("subject,answer\nFrance,Paris\nChad, \n", "Row 2.*empty cell"),
         ("subject,answer\nFinland,Helsinki\n", "'Finland'.*its target"),
+        ("subject,answer\nNauru,Yaren, in effect\nChad,A\n", "Row 1.*has not the header's 2 cells; quote"),
+        ("subject,answer\nFrance,Paris\nChad\n", "Row 2.*has not the header's 2 cells"),
+        ('subject,answer\nFrance,"Paris\n', "not valid CSV"),
+        ("", "no column 'subject'"),
+        ("subject,answer\n", "has no rows"),
+        ("subject,answer\nFrance,Paris\nGaul,Paris\n", "answer 'Paris' stands twice"),
+        ("subject,answer\nmap,Paris\n", "'map'.*its contexts"),
+        ("subject,answer\ncapital,Paris\n", "'capital'.*its target"),
         (None, "no 'relations/capital.csv'"),
     ],
 )
@@ -156,12 +164,32 @@ def test_damaged_table(folder: Folder, table: str | None, message: str) -> None:
         ('kind = "one-to-one"', 'kind = "pairs"', "kind 'pairs'"),
         ('title = "capital"\n', "", "no 'title'"),
         ("[capital]", "[capital", "not valid TOML"),
+        ('"The capital of x"', '"The city of Chad is the capital of x"', "'Chad'.*its paper_target"),
+        ('["We flew to {}", "A map of {}"]', "[]", "'country' are not a list of texts; give at least one"),
+        ('["We flew to {}", "A map of {}"]', '"We flew to {}"', "'country' are not a list of texts"),
+        ('["We flew to {}", "A map of {}"]', "[3]", "'country' are not a list of texts"),
+        ('contexts = "country"', 'contexts = ["We flew to {}"]', "no 'contexts' as a text"),
+        ("[contexts]", "version = 1\n[contexts]", "key 'version' of .* stands in no table"),
     ],
 )
 def test_damaged_prompts(folder: Folder, old: str, new: str, message: str) -> None:
     assert old in PROMPTS
     with pytest.raises(InterpError, match=message):
         load_relation("capital", folder(PROMPTS.replace(old, new)))
+
+
+@pytest.mark.parametrize("file", ["relations.toml", "relations/capital.csv"])
+def test_only_utf_8_is_read(folder: Folder, file: str) -> None:
+    path = folder() / file
+    path.write_bytes(path.read_bytes() + "# été".encode("latin-1"))
+    with pytest.raises(InterpError, match=f"{file} is not UTF-8"):
+        load_relation("capital", path.parents[len(Path(file).parts) - 1])
+
+
+def test_a_comma_in_quotes_and_a_byte_order_mark_are_read(folder: Folder) -> None:
+    table = '\ufeffsubject,note,answer\n"Paris, Texas",a,"one, two"\n\n'
+    found = load_relation("capital", folder(table=table)).table
+    assert found.to_numpy().tolist() == [["Paris, Texas", "one, two"]]
 
 
 def test_folder_without_relations(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from interp_utils import models, weights
 from interp_utils.activations import next_token_logits, top_tokens
@@ -213,6 +214,37 @@ def test_a_broken_json_file_is_one_sentence(tmp_path: Path, file: str) -> None:
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InterpError, match="an architecture without layers, .*Gemma 3, Llama-style, GPT-2"):
         load_model(str(families.build_bert(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("config", "key"), [(GraniteConfig, "logits_scaling"), (CohereConfig, "logit_scale")]
+)
+def test_scaled_logits_are_refused(tmp_path: Path, config: Any, key: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    for factor in (0.5, 1.0):
+        folder = tmp_path / str(factor)
+        raw = AutoModelForCausalLM.from_config(config(vocab_size=280, **sizes, **special, **{key: factor}))
+        raw.save_pretrained(folder)
+        families.tiny_tokenizer().save_pretrained(folder)
+    load_model(str(tmp_path / "1.0"))
+    with pytest.raises(InterpError, match=rf"its logits \({key}=0.5\).*choose another model"):
+        load_model(str(tmp_path / "0.5"))
+
+
+def test_a_strided_slice_reaches_the_unembedding_contiguous(llama: Any) -> None:
+    seen: list[tuple[torch.Size, bool]] = []
+    unembed = llama.unembed._module
+    hook = unembed.register_forward_pre_hook(
+        lambda _, args: seen.append((args[0].shape, args[0].is_contiguous()))
+    )
+    resid = torch.randn(3, 5, 32)
+    try:
+        found = unembed(resid[:, -1:])
+    finally:
+        hook.remove()
+    assert not resid[:, -1:].is_contiguous() and seen == [((3, 1, 32), True)]
+    torch.testing.assert_close(found, resid[:, -1:] @ unembed.weight.T)
 
 
 def test_ipython_shows_one_sentence() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,6 +93,44 @@ def test_another_chunk_size_after_an_interruption_repeats_no_row(first: int, sec
         run_study("s", jobs(), Worker(fail_at=2 if first < 10 else 0), card=CARD, chunk=first)
     record = run_study("s", jobs(), Worker(), card=CARD, chunk=second)
     assert record.table["layer"].tolist() == list(range(10))
+
+
+def test_another_source_or_column_starts_anew() -> None:
+    def double(some: pd.DataFrame) -> list[int]:
+        return [2 * layer for layer in some["layer"]]
+
+    def triple(some: pd.DataFrame, times: int = 3) -> list[int]:
+        return [times * layer for layer in some["layer"]]
+
+    run_study("s", jobs(), double, card=CARD)
+    assert run_study("s", jobs(), triple, card=CARD).table["text"].tolist() == list(range(0, 30, 3))
+    five = run_study("s", jobs(), partial(triple, times=5), card={**CARD, "times": 5}, column="five")
+    assert five.table["five"].tolist() == list(range(0, 50, 5))
+    assert "2 * layer" in records._source(double) and "times * layer" in records._source(partial(triple))
+    assert records._source(len) == "" and "class Worker" in records._source(Worker())
+
+
+def test_no_jobs_are_one_sentence() -> None:
+    with pytest.raises(InterpError, match="'s' has no jobs; give at least one row"):
+        run_study("s", jobs(0), Worker(), card=CARD)
+
+
+def test_the_code_hash_knows_every_module_that_decides_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(records.__file__).parent
+    shutil.copytree(package, tmp_path / "interp_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    before = records.code_hash()
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    hashes = {before} if records.code_hash() == before else set()
+    decide = (
+        "greedy candidates quintuplet cell_measures patchscopes corpora facts shared_prefix models".split()
+    )
+    for name in decide:
+        with (tmp_path / "interp_utils" / f"{name}.py").open("a") as file:
+            file.write("#")
+        hashes.add(records.code_hash())
+    assert len(hashes) == 1 + len(decide)
 
 
 def test_two_studies_of_one_name_do_not_mix() -> None:
