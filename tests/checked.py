@@ -23,7 +23,15 @@ NAMES = (
     "records",
     "seeds",
     "facts",
+    "wikitext",
     "corpora",
+    "windows",
+    "sites",
+    "shards",
+    "recorder",
+    "harvest",
+    "activation_store",
+    "dictionaries",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

@@ -1,0 +1,201 @@
+"""What a model loses when a dictionary's output stands in for what it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp_utils.activations import softcapped
+from interp_utils.dictionaries.dictionary import Dictionary
+from interp_utils.errors import InterpError
+from interp_utils.sites import Site, blocks, check_site
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+OUTLIER = 6  # medians of the norm, as when activations are harvested
+TOKENS = 256  # whose logits are held at a time
+RUNS = ("clean", "spliced", "mean", "zero")
+
+
+def ce_metrics(
+    model: TransformersModel,
+    dictionary: Dictionary,
+    windows: Sequence[Sequence[int]],
+    site: str,
+    *,
+    batch_size: int = 8,
+) -> dict[str, float]:
+    """Cross-entropy of the model as it is and with its state at one site replaced.
+
+    Replaced is what stands at every position but the first (the start token) and outliers, rows whose norm
+    exceeds 6 medians. Scored are the tokens predicted from those positions on, all but the first two of each
+    window. With CE the mean of -ln p(next token), in nats:
+        ce: the model as it is.
+        ce_spliced: the state replaced by the dictionary's output, brought back to the model's units.
+        ce_mean_ablated, ce_zero_ablated: replaced by the target's mean (`dictionary.target_mean`), by zeros.
+        ce_increase: ce_spliced - ce.
+        recovered_mean: (ce_mean_ablated - ce_spliced) / (ce_mean_ablated - ce); recovered_zero likewise. Zeros
+            break a residual stream, so that the latter is near 1 for almost any dictionary.
+        kl: mean of KL(p_model || p_spliced) over the scored positions.
+        tokens, replaced_share: how many are scored, and the share of rows after the first that are replaced.
+
+    Args:
+        model: from `load_model`.
+        dictionary: with its units set (`set_units`).
+        windows: token ids, each window beginning with the start token.
+        site: of the input, such as "resid_post.9". A transcoder at "mlp_in.9" replaces "mlp_out.9".
+
+    Raises:
+        InterpError: no window of at least three tokens, no such site, or another width.
+    """
+    place = check_site(model, site)
+    usable = [list(map(int, window)) for window in windows if len(window) > 2]
+    if not usable:
+        raise InterpError("There is no window of at least three tokens; give windows of token ids.")
+    splice = _Splice(model, dictionary, place)
+    sums = dict.fromkeys((*RUNS, "kl"), 0.0)
+    scored = 0
+    with torch.inference_mode():
+        for start in range(0, len(usable), batch_size):
+            rows = usable[start : start + batch_size]
+            ids, counted = _padded(rows)
+            states = {run: splice.run(run, ids, counted) for run in RUNS}
+            for run, value in _scores(model, states, ids, counted).items():
+                sums[run] += value
+            scored += int(counted[:, 2:].sum())
+    means = {name: value / scored for name, value in sums.items()}
+    ce, spliced, mean, zero = (means[run] for run in RUNS)
+    return {
+        "ce": ce,
+        "ce_spliced": spliced,
+        "ce_mean_ablated": mean,
+        "ce_zero_ablated": zero,
+        "ce_increase": spliced - ce,
+        "recovered_mean": (mean - spliced) / (mean - ce),
+        "recovered_zero": (zero - spliced) / (zero - ce),
+        "kl": means["kl"],
+        "tokens": scored,
+        "replaced_share": splice.replaced / splice.seen,
+    }
+
+
+class _Splice:
+    """Runs of the model with the target site replaced; counts what it replaces in the spliced ones."""
+
+    def __init__(self, model: TransformersModel, dictionary: Dictionary, place: Site) -> None:
+        self.body, self.dictionary = model._module.base_model, dictionary
+        self.source = place
+        self.target = Site("mlp_out", place.layer) if dictionary.transcoder else place
+        self.limit: float | None = None  # of the norm at the source
+        self.replaced = self.seen = 0
+
+    def run(
+        self, what: str, ids: Int[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Final hidden states."""
+        inputs: list[Tensor] = []
+
+        def source(value: Tensor) -> None:
+            inputs.append(value)
+
+        def target(value: Tensor) -> Tensor | None:
+            if what == "clean":
+                return None
+            x = inputs[0] if inputs else value
+            chosen = self._chosen(x, counted, what)
+            new = self._new(what, x[chosen]).to(value.dtype)
+            return value.clone().index_put_((chosen,), new)
+
+        apart = self.source != self.target
+        with _hooked(self.body, self.source, source, apart), _hooked(self.body, self.target, target, True):
+            return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _chosen(self, x: Tensor, counted: Tensor, what: str) -> Bool[Tensor, "batch pos"]:
+        if x.shape[-1] != self.dictionary.d_in:
+            raise InterpError(
+                f"Rows at {self.source} are {x.shape[-1]} wide but the dictionary reads {self.dictionary.d_in}."
+            )
+        norms = x.float().norm(dim=-1)
+        after_first = counted.clone()
+        after_first[:, 0] = False
+        if self.limit is None:
+            self.limit = OUTLIER * float(norms[after_first].median())
+        chosen = after_first & (norms <= self.limit)
+        if what == "spliced":
+            self.replaced += int(chosen.sum())
+            self.seen += int(after_first.sum())
+        return chosen
+
+    def _new(self, what: str, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
+        dictionary = self.dictionary
+        if what == "zero":
+            return x.new_zeros(len(x), dictionary.d_out)
+        if what == "mean":
+            return dictionary.target_mean.expand(len(x), -1)
+        y_hat = dictionary((x.float() - dictionary.mean) * dictionary.scale)
+        return y_hat / dictionary.target_scale + dictionary.target_mean
+
+
+@contextmanager
+def _hooked(
+    body: torch.nn.Module, site: Site, call: Callable[[Tensor], Tensor | None], wanted: bool
+) -> Iterator[None]:
+    """Hand what stands at a site to `call`, whose answer, if any, replaces it."""
+    if not wanted:
+        yield
+        return
+    block = blocks(body)[site.layer]
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        first = output if isinstance(output, Tensor) else output[0]
+        new = call(first)
+        if new is None or isinstance(output, Tensor):
+            return new
+        return (new, *output[1:])
+
+    if site.kind == "mlp_in":
+        handle = block.get_submodule("mlp").register_forward_pre_hook(lambda _module, args: call(args[0]))
+    elif site.kind == "resid_post":
+        handle = block.register_forward_hook(after)
+    else:
+        name = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else "mlp"
+        handle = block.get_submodule(name).register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Right-padded ids and which of them are real; no token reads padding that comes after it."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    counted = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    return ids, counted
+
+
+def _scores(
+    model: TransformersModel, states: dict[str, Tensor], ids: Tensor, counted: Tensor
+) -> dict[str, float]:
+    """Sums of -ln p(next token) of every run and of KL(clean || spliced), a few tokens' logits at a time."""
+    predicted = counted[:, 2:]
+    wanted = ids[:, 2:][predicted]
+    rows = {run: state[:, 1:-1][predicted].split(TOKENS) for run, state in states.items()}
+    sums = dict.fromkeys((*RUNS, "kl"), 0.0)
+    for i, some in enumerate(wanted.split(TOKENS)):
+        logs = {}
+        for run in RUNS:
+            logits = softcapped(model, model.unembed._module(rows[run][i]))
+            logs[run] = logits.float().log_softmax(-1)
+            sums[run] -= float(logs[run].gather(1, some[:, None]).double().sum())
+            if run == "spliced":
+                kl = (logs["clean"].exp() * (logs["clean"] - logs["spliced"])).sum(-1)
+                sums["kl"] += float(kl.double().sum())
+                del logs["clean"]
+    return sums
