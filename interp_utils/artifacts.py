@@ -15,7 +15,7 @@ import torch
 from interp_utils.activation_store import ActivationStore
 from interp_utils.corpora import load_corpus, split_documents
 from interp_utils.dictionaries import Dictionary, TrainConfig, train
-from interp_utils.dictionaries.files import save
+from interp_utils.dictionaries.files import load, save
 from interp_utils.dictionaries.metrics import evaluate
 from interp_utils.dictionaries.splice import ce_metrics
 from interp_utils.errors import InterpError, nearest
@@ -108,8 +108,12 @@ def make_sae(
     sae = Dictionary.create(recipe.kind, store.d(), recipe.width, k=recipe.k, seed=0).set_units(mean, scale)
     steps = recipe.epochs * (len(store) // 2048)
     config = TrainConfig(steps=steps, lr=recipe.lr, warmup_steps=100, epochs=recipe.epochs)
-    folder = writable(cache_folder() / "checkpoints", "checkpoint folder", "INTERP_CACHE")
-    log = train(sae, store, config, checkpoint=folder / f"{recipe.name}.safetensors")
+    kept = writable(cache_folder() / "checkpoints", "checkpoint folder", "INTERP_CACHE")
+    log = train(sae, store, config, checkpoint=kept / f"{recipe.name}.safetensors")
+    folder = data_folder() / "artifacts" / recipe.name
+    unit = sae.normalised()
+    save(folder, unit, {})
+    sae, _ = load(folder)  # what is measured is what is shipped
     card = {
         "name": recipe.name,
         "command": f"python -m interp_utils.artifacts {recipe.name}",
@@ -123,16 +127,22 @@ def make_sae(
         "held_out": measured(sae, held_out),
         "spliced": {name: round(value, 5) for name, value in ce_metrics(model, sae, windows, SITE).items()},
     }
-    save(data_folder() / "artifacts" / recipe.name, sae.normalised(), card)
+    save(folder, unit, card)
     return sae
 
 
 @torch.no_grad()
-def ever_fired(sae: Dictionary, store: ActivationStore, batch_size: int = 4096) -> torch.Tensor:
-    """Bool "width": which latents are active anywhere in the store."""
+def ever_fired(sae: Dictionary, store: ActivationStore, batch_size: int = 8192) -> torch.Tensor:
+    """Bool "width": which latents are active anywhere in the store; not for topk, whose latents compete."""
     fired = torch.zeros(sae.width, dtype=torch.bool)
+    floor = sae.threshold.clamp(min=0).expand(sae.width)
     for start in range(0, len(store), batch_size):
-        fired |= (sae.encode(store.read(slice(start, start + batch_size))) > 0).any(0)
+        left = (~fired).nonzero()[:, 0]  # few after the first batches
+        if not len(left):
+            break
+        x = store.read(slice(start, start + batch_size))
+        pre = torch.addmm(sae.b_enc[left], x, sae.W_enc[left].T)
+        fired[left] = (pre > floor[left]).any(0)
     return fired
 
 
