@@ -1,7 +1,7 @@
 """Trained weights that notebooks share: what they are and how each is made again.
 
-    python -m interp_utils.artifacts            # all, resumable
-    python -m interp_utils.artifacts sae-l1-512 # some
+python -m interp_utils.artifacts            # all, resumable
+python -m interp_utils.artifacts sae-l1-512 # some
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ PARTS = {"train": 20_000, "held_out": 900}  # what the shipped dictionaries are 
 CE_PARTS = 30  # of held-out text on which the model's loss is measured
 MODEL, SITE = "gemma-3-270m", "resid_post.9"  # the middle layer
 MASSIVE = (163, 87)  # dimensions of that site with by far the most variance
-NOTICE = "Made from activations of Gemma 3 270M; the Gemma Terms of Use apply (https://ai.google.dev/gemma/terms)."
+NOTICE = (
+    "Made from activations of Gemma 3 270M; the Gemma Terms of Use apply (https://ai.google.dev/gemma/terms)."
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ def make_sae(
 ) -> Dictionary:
     """Train a shipped dictionary from nothing, or go on where training was stopped, and write it with its card."""
     corpora = {name: split_documents(load_corpus(name))[1] for name in MIX}
-    drawn = draw_windows(model, corpora, {n: CE_PARTS * share for n, share in MIX.items()}, context=128, seed=1)
+    drawn = draw_windows(
+        model, corpora, {n: CE_PARTS * share for n, share in MIX.items()}, context=128, seed=1
+    )
     windows = [[start_token(model), *map(int, window.ids)] for window in drawn]
     mean, scale = store.mean[SITE].float(), store.scale[SITE]
     sae = Dictionary.create(recipe.kind, store.d(), recipe.width, k=recipe.k, seed=0).set_units(mean, scale)
@@ -122,7 +126,9 @@ def make_sae(
         "config": config.filled(sae),
         "tokens": steps * config.batch_size,
         "seconds": round(float(log.seconds.iloc[-1])),
-        "data": {key: store.card[key] for key in ("model", "weights", "sites", "sources", "n_rows", "outlier_rule")},
+        "data": {
+            key: store.card[key] for key in ("model", "weights", "sites", "sources", "n_rows", "outlier_rule")
+        },
         "never_fired": int((~ever_fired(sae, store)).sum()),
         "held_out": measured(sae, held_out),
         "spliced": {name: round(value, 5) for name, value in ce_metrics(model, sae, windows, SITE).items()},

@@ -123,7 +123,9 @@ def test_the_code_hash_knows_every_module_that_decides_values(
     before = records.code_hash()
     monkeypatch.setattr(records, "ROOT", tmp_path)
     hashes = {before} if records.code_hash() == before else set()
-    decide = "greedy candidates quintuplet cell_measures patchscopes corpora facts shared_prefix models".split()
+    decide = (
+        "greedy candidates quintuplet cell_measures patchscopes corpora facts shared_prefix models".split()
+    )
     decide += ["harvest", "artifacts", "dictionaries/steps"]
     for name in decide:
         with (tmp_path / "interp_utils" / f"{name}.py").open("a") as file:

@@ -34,7 +34,12 @@ def main() -> None:
     batches = feed(data["train"], plan, say)
     reconstruct = CONTENDERS[plan["contender"]](plan, batches)
     next(batches, None)  # a loop that counts steps has not asked once more, which stops the clock
-    say(plan["kernels"] if plan["contender"] == "kernels" else quality(reconstruct, data["held_out"]))
+    if plan["contender"] == "kernels":
+        return say(plan["kernels"])
+    answer = quality(reconstruct, data["held_out"])
+    if plan["contender"] == "ours" and plan["task"] == "topk":
+        answer["rows_that_differ"] = rows_that_differ(plan["dictionary"], data["held_out"])
+    say(answer)
 
 
 def feed(rows: torch.Tensor, plan: dict[str, Any], say: Callable[[dict], None]) -> Iterator[torch.Tensor]:
@@ -95,12 +100,28 @@ def ours(plan: dict[str, Any], batches: Iterator[torch.Tensor]) -> Reconstruct:
         screen="auto" if plan["contender"] == "ours" else None,
     )
     train(dictionary, lambda _: batches, config, progress=False)
+    plan["dictionary"] = dictionary
 
     def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         acts = dictionary.encode(x)
         return dictionary.decode(acts), acts * dictionary.W_dec.norm(dim=1)
 
     return reconstruct
+
+
+@torch.no_grad()
+def rows_that_differ(dictionary: Any, x: torch.Tensor) -> float:
+    """Share of rows for which the screen that training uses makes another choice of latents than float32."""
+    from interp_utils.dictionaries import kernels
+
+    chosen = []
+    for screen in (kernels.fast_screen(), None):
+        pairs = kernels.top_candidates(x, dictionary.W_enc, dictionary.b_enc, dictionary.k, screen)
+        pre = kernels.pair_products(pairs, x, dictionary.W_enc, dictionary.b_enc)
+        kept = pairs.keep(kernels.largest(pairs, pre, dictionary.k))
+        chosen.append(torch.zeros(len(x), dictionary.width, dtype=torch.bool))
+        chosen[-1][kept.rows(), kept.latent] = True
+    return float((chosen[0] != chosen[1]).any(1).float().mean())
 
 
 def sparsify(plan: dict[str, Any], batches: Iterator[torch.Tensor]) -> Reconstruct:
