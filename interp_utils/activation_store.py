@@ -11,12 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from interp_utils.errors import InterpError, nearest
-from interp_utils.shards import LABELS, MappedShards, damage, decode_int8, shard_name, shard_record
+from interp_utils.shards import (
+    LABELS,
+    MappedShards,
+    damages,
+    decode_int8,
+    row_numbers,
+    shard_name,
+    shard_record,
+)
 from interp_utils.weights import sha256
 
 
@@ -32,7 +40,7 @@ class ActivationStore:
         scale: by site, the factor that makes E||(x - mean) * scale||^2 equal to d.
 
     Raises:
-        InterpError: no complete harvest in the folder, or a shard of it is damaged.
+        InterpError: no complete harvest in the folder, or a file of it is damaged.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -43,12 +51,8 @@ class ActivationStore:
             raise InterpError(f"In {self.folder} there is {state}.")
         self.card: dict[str, Any] = json.loads((self.folder / "card.json").read_text())
         self.sites: list[str] = self.card["sites"]
-        shards = range(self.card["n_shards"])
-        if problem := next(filter(None, (damage(self.folder, index) for index in shards)), None):
-            raise InterpError(
-                f"In {self.folder}, {problem}; run its harvest again, which makes that shard anew."
-            )
-        records = [shard_record(self.folder, index) for index in shards]
+        self._check()
+        records = [shard_record(self.folder, index) for index in range(self.card["n_shards"])]
         self._dropped = [record["dropped"] for record in records]
         self._shards = MappedShards(self.folder, [record["rows"] for record in records])
         moments = load_file(self.folder / "moments.safetensors")
@@ -105,7 +109,7 @@ class ActivationStore:
 
     def read(
         self,
-        rows: slice | Sequence[int] | Int[Tensor, " row"],
+        rows: slice | Sequence[int] | Int[Tensor, " row"] | Bool[Tensor, " n_rows"],
         site: str | None = None,
         *,
         normalised: bool = True,
@@ -113,15 +117,12 @@ class ActivationStore:
         """Rows in the order asked for, float32: (x - mean) * scale, or as the model computed them.
 
         Raises:
-            InterpError: a row out of range, or no such site.
+            InterpError: a row out of range, a mask of another length, or no such site.
         """
         site = self._site(site)
         if isinstance(rows, slice):
             rows = torch.arange(*rows.indices(len(self)))
-        rows = torch.as_tensor(rows, dtype=torch.int64)
-        if len(rows) and not (0 <= int(rows.min()) and int(rows.max()) < len(self)):
-            raise InterpError(f"A row is out of range; this store has rows 0 to {len(self) - 1:,}.")
-        found = self._kept(rows, site)
+        found = self._kept(row_numbers(rows, len(self)), site)
         if not normalised:
             return found.float()
         return torch.sub(found, self.mean[site].float()).mul_(self.scale[site])
@@ -187,7 +188,11 @@ class ActivationStore:
         """Tokens that the model saw around a row's token, and where that token is among them.
 
         The start token is not given; tokens whose rows were dropped as outliers are.
+
+        Raises:
+            InterpError: a row out of range.
         """
+        row_numbers([row], len(self))
         shard, first, end = self._shards.of(row)
         near = range(max(first, row - before), min(end, row + after + 1))
         columns = (self.source, self.document, self.position, self.token_ids)
@@ -207,6 +212,7 @@ class ActivationStore:
         Raises:
             InterpError: a file has changed.
         """
+        self._check()
         for index in range(self.card["n_shards"]):
             for name, expected in shard_record(self.folder, index)["files"].items():
                 if sha256(self.folder / name) != expected["sha256"]:
@@ -214,6 +220,10 @@ class ActivationStore:
                         f"{self.folder / name} has another sha256 than in {shard_name(index)}; delete it and "
                         "run its harvest again, which makes that shard anew."
                     )
+
+    def _check(self) -> None:
+        if problem := next(damages(self.folder, self.card["n_shards"]), None):
+            raise InterpError(f"In {self.folder}, {problem}; run its harvest again, which mends that.")
 
     @property
     def _body(self) -> int:

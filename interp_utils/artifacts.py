@@ -7,13 +7,17 @@ python -m interp_utils.artifacts sae-l1-512 # some
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
+import json
 from dataclasses import asdict, dataclass
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from interp_utils.activation_store import ActivationStore
-from interp_utils.corpora import load_corpus, split_documents
+from interp_utils.corpora import corpus_hash, load_corpus, split_documents
 from interp_utils.dictionaries import Dictionary, TrainConfig, train
 from interp_utils.dictionaries.files import load, save
 from interp_utils.dictionaries.metrics import evaluate
@@ -80,6 +84,8 @@ def harvest_mix(
 ) -> ActivationStore:
     """Activations of news, encyclopaedia, parliament and Python code, kept in the cache folder.
 
+    Other weights, another Python's code and other options have folders of their own.
+
     Args:
         model: from `load_model`.
         site: see `sites`.
@@ -92,9 +98,13 @@ def harvest_mix(
     """
     n_parts = PARTS[split] if parts is None else parts
     corpora = {name: split_documents(load_corpus(name))[split != "train"] for name in MIX}
+    usual = inspect.signature(harvest).parameters
+    own = {k: v for k, v in options.items() if k in usual and k != "progress" and v != usual[k].default}
+    made_of = [model.info.weights, {name: corpus_hash(texts) for name, texts in corpora.items()}, own]
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:8]
     weights = model.info.weights.replace(":", "-").replace(" ", "-")[-40:]
     root = writable(cache_folder() / "activations", "activation cache", "INTERP_CACHE")
-    folder = root / f"{model.info.name}-{weights}-{site}-{split}-{n_parts}"
+    folder = root / f"{model.info.name}-{weights}-{site}-{split}-{n_parts}-{key}"
     tokens = {name: share * n_parts for name, share in MIX.items()}
     return harvest(model, corpora, folder, sites=[site], tokens=tokens, **options)
 
@@ -102,7 +112,10 @@ def harvest_mix(
 def make_sae(
     recipe: Recipe, model: TransformersModel, store: ActivationStore, held_out: ActivationStore
 ) -> Dictionary:
-    """Train a shipped dictionary from nothing, or go on where training was stopped, and write it with its card."""
+    """Train a shipped dictionary from nothing, or go on where training was stopped, and write it with its card.
+
+    The checkpoint of a training goes when its dictionary is written, so that the next call trains from nothing.
+    """
     corpora = {name: split_documents(load_corpus(name))[1] for name in MIX}
     drawn = draw_windows(
         model, corpora, {n: CE_PARTS * share for n, share in MIX.items()}, context=128, seed=1
@@ -113,11 +126,12 @@ def make_sae(
     steps = recipe.epochs * (len(store) // 2048)
     config = TrainConfig(steps=steps, lr=recipe.lr, warmup_steps=100, epochs=recipe.epochs)
     kept = writable(cache_folder() / "checkpoints", "checkpoint folder", "INTERP_CACHE")
-    log = train(sae, store, config, checkpoint=kept / f"{recipe.name}.safetensors")
-    folder = data_folder() / "artifacts" / recipe.name
+    checkpoint = kept / f"{recipe.name}.safetensors"
+    log = train(sae, store, config, checkpoint=checkpoint)
     unit = sae.normalised()
-    save(folder, unit, {})
-    sae, _ = load(folder)  # what is measured is what is shipped
+    with TemporaryDirectory() as folder:  # what is measured is what is shipped
+        save(folder, unit, {})
+        sae, _ = load(folder)
     card = {
         "name": recipe.name,
         "command": f"python -m interp_utils.artifacts {recipe.name}",
@@ -133,13 +147,20 @@ def make_sae(
         "held_out": measured(sae, held_out),
         "spliced": {name: round(value, 5) for name, value in ce_metrics(model, sae, windows, SITE).items()},
     }
-    save(folder, unit, card)
+    save(data_folder() / "artifacts" / recipe.name, unit, card)
+    checkpoint.unlink()
     return sae
 
 
 @torch.no_grad()
 def ever_fired(sae: Dictionary, store: ActivationStore, batch_size: int = 8192) -> torch.Tensor:
-    """Bool "width": which latents are active anywhere in the store; not for topk, whose latents compete."""
+    """Bool "width": which latents are active anywhere in the store.
+
+    Raises:
+        InterpError: a topk dictionary, whose latents compete, so that none can be judged alone.
+    """
+    if sae.kind == "topk":
+        raise InterpError("Latents of a topk dictionary compete; count those that fire with `evaluate`.")
     fired = torch.zeros(sae.width, dtype=torch.bool)
     floor = sae.threshold.clamp(min=0).expand(sae.width)
     for start in range(0, len(store), batch_size):

@@ -12,7 +12,8 @@ import itertools
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from interp_utils.errors import InterpError, nearest
@@ -50,10 +51,12 @@ NOT_CODE = {
 }
 GENERATED = re.compile(r"gencodec|auto-?generated|file is generated|_sysconfigdata", re.IGNORECASE)
 
+HELD_OUT = 0.1  # of the documents
+
 TEXT_FILES = (".txt", ".md", ".py")
 
 
-def load_corpus(name: str, *, limit: int | None = None) -> list[str]:
+def load_corpus(name: str | Path, *, limit: int | None = None) -> list[str]:
     """The documents of a corpus, always the same in the same order.
 
     Args:
@@ -69,14 +72,14 @@ def load_corpus(name: str, *, limit: int | None = None) -> list[str]:
     Raises:
         InterpError: no such corpus, its package is not installed, its file is damaged, or it has no text.
     """
-    if name.startswith("hub:"):
+    if isinstance(name, str) and name.startswith("hub:"):
         return list(itertools.islice(_hub(name[4:]), limit))
-    if name in CORPORA:
+    if isinstance(name, str) and name in CORPORA:
         return CORPORA[name]()[:limit]
     if Path(name).exists():
         return _files(Path(name))[:limit]
     raise InterpError(
-        f"There is no corpus {name!r}, nor such a file or folder.{nearest(name, CORPORA)} "
+        f"There is no corpus '{name}', nor such a file or folder.{nearest(str(name), CORPORA)} "
         "A hub data set is 'hub:owner/name'."
     )
 
@@ -89,24 +92,15 @@ def corpus_hash(documents: Iterable[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def split_documents(documents: Sequence[str], held_out: float = 0.1) -> tuple[list[str], list[str]]:
-    """(train, held out), decided by each document's own hash.
+def split_documents(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(train, about a tenth held out), decided by each document's own hash.
 
     A document stays on its side whatever is added or removed, and copies of one text are never parted.
-
-    Args:
-        documents: of one corpus.
-        held_out: expected share of documents held out, between 0 and 1.
-
-    Raises:
-        InterpError: a share outside 0 to 1.
     """
-    if not 0 <= held_out <= 1:
-        raise InterpError(f"held_out={held_out} is not a share; give a number from 0 to 1.")
     parts: tuple[list[str], list[str]] = [], []
     for document in documents:
         digest = hashlib.sha256(b"split" + document.encode("utf-8", "surrogatepass")).digest()
-        parts[int.from_bytes(digest[:8]) < held_out * 2**64].append(document)
+        parts[int.from_bytes(digest[:8]) < HELD_OUT * 2**64].append(document)
     return parts
 
 
@@ -162,7 +156,7 @@ CORPORA: dict[str, Callable[[], list[str]]] = {
 def _files(path: Path) -> list[str]:
     """A text file, or all below a folder, as documents; empty ones are left out."""
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_FILES)
-    documents = [text for file in found if (text := _text_of(file).strip())]
+    documents = [text for file in found if file.is_file() and (text := _text_of(file).strip())]
     if not documents:
         raise InterpError(f"There is no text in {path}; files with {', '.join(TEXT_FILES)} are read.")
     return documents
@@ -173,7 +167,7 @@ def _text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _hub(address: str) -> Iterable[str]:
+def _hub(address: str) -> Iterator[str]:
     """Texts of a hub data set, streamed; `address` is owner/name[@config/split][:column]."""
     try:
         from datasets import load_dataset
@@ -185,17 +179,31 @@ def _hub(address: str) -> Iterable[str]:
         raise InterpError(f"'hub:{address}' cannot be read; write hub:owner/name@config/split:column.")
     name, config, split, column = found.groups()
     column = column or "text"
-    try:
+    with _explained(name):
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        columns = list(next(iter(rows)))
-    except StopIteration:
-        raise InterpError(f"The data set {name!r} has no rows; choose another split.") from None
-    except Exception as error:  # the library's own errors have many classes
+        first = next(iter(rows), None)
+        if first is None:
+            raise InterpError(f"The data set {name!r} has no rows; choose another split.")
+        if column not in first:
+            raise InterpError(f"The data set {name!r} has no column {column!r}.{nearest(column, first)}")
+        for text in (row[column] for row in rows):
+            if not isinstance(text, str | None):
+                kind = type(text).__name__
+                raise InterpError(f"The column {column!r} of {name!r} has {kind}, not text; name another.")
+            if text:
+                yield text
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One sentence for the errors of the library, which have many classes."""
+    try:
+        yield
+    except InterpError:
+        raise
+    except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InterpError(f"The data set {name!r} cannot be read: {reason}") from None
-    if column not in columns:
-        raise InterpError(f"The data set {name!r} has no column {column!r}.{nearest(column, columns)}")
-    return (row[column] for row in rows if row[column])
 
 
 def _packaged_file(package: str, inside: str, digest: str) -> Path:

@@ -15,18 +15,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp_utils.activation_store import ActivationStore
 from interp_utils.corpora import corpus_hash
 from interp_utils.errors import InterpError
 from interp_utils.paths import ROOT
-from interp_utils.recorder import OUTLIER, PILOT, Recorder, save_tensors
-from interp_utils.shards import LABEL_BYTES, ROW_BYTES, damage, shard_name, shard_record, write_json
+from interp_utils.recorder import OUTLIER, PILOT, Recorder
+from interp_utils.shards import (
+    LABEL_BYTES,
+    ROW_BYTES,
+    SUMMARIES,
+    damage,
+    damages,
+    shard_name,
+    shard_record,
+    write_json,
+)
 from interp_utils.sites import Site, check_site
+from interp_utils.weights import sha256
 from interp_utils.windows import SHORTEST, Window, draw_windows, start_token
 
 if TYPE_CHECKING:
@@ -54,8 +61,9 @@ def harvest(
 
     Every window is the start token and up to `context - 1` tokens of one document. The start token's rows are
     left out, and so is, at all sites, a token whose norm at any site is above 6 times the median norm there
-    (medians of the first 8,192 tokens). Called again with the same arguments after it was killed, it goes on
-    with the next shard and ends with the same bytes (on the same machine and number of threads).
+    (medians of the first 8,192 tokens, of the first shard's if those are fewer). Called again with the same
+    arguments after it was killed, it goes on with the next shard and ends with the same bytes (on the same
+    machine and number of threads).
 
     Args:
         model: from `load_model`, on this machine.
@@ -67,17 +75,18 @@ def harvest(
         batch_size: windows per forward.
         compute: type in which the model computes.
         rows: how a row is kept: "bfloat16", or "int8" with a scale for each row after every dimension was
-            centred and divided by its standard deviation (both of the first 8,192 tokens).
+            centred and divided by its standard deviation (both of the same first tokens).
         shard_tokens: tokens per shard, before outliers are dropped; what a kill can cost.
         seed: of the order of documents and windows.
         progress: show a bar.
 
     Raises:
         InterpError: an unknown site, an empty corpus or too small a one, a folder that holds another harvest,
-            a model that is elsewhere, a disk that is full, activations that are constant or not finite.
+            or a damaged one; a model that is elsewhere, a disk that is full, activations that are constant or not
+            finite.
     """
     folder = Path(folder)
-    where = _checked(model, corpora, sites, context, batch_size, compute, rows)
+    where = _checked(model, corpora, sites, context, batch_size, shard_tokens, compute, rows)
     plan = {
         "format": 1,
         "model": model.info.name,
@@ -85,7 +94,7 @@ def harvest(
         "sites": [str(site) for site in where],
         "d": model.config.hidden_size,
         "sources": {n: {"documents": len(texts), "hash": corpus_hash(texts)} for n, texts in corpora.items()},
-        "tokens": dict(tokens) if isinstance(tokens, Mapping) else tokens,
+        "tokens": {n: int(m) for n, m in tokens.items()} if isinstance(tokens, Mapping) else int(tokens),
         "context": context,
         "batch_size": batch_size,
         "compute": compute,
@@ -108,6 +117,7 @@ def _checked(
     sites: Sequence[str],
     context: int,
     batch_size: int,
+    shard_tokens: int,
     compute: str,
     rows: str,
 ) -> list[Site]:
@@ -120,11 +130,13 @@ def _checked(
         raise InterpError("There is no source; give at least one, as in {'news': load_corpus('news')}.")
     if empty := [name for name, documents in corpora.items() if not documents]:
         raise InterpError(f"The source {empty[0]!r} has no documents; leave it out.")
+    if len(corpora) > 128:  # numbered in int8
+        raise InterpError(f"There are {len(corpora):,} sources; a store takes at most 128: join some.")
     limit = getattr(model.config, "max_position_embeddings", None) or context
     if not SHORTEST < context <= limit:
         raise InterpError(f"context={context} is out of range; this model takes {SHORTEST + 1} to {limit:,}.")
-    if batch_size < 1:
-        raise InterpError(f"batch_size={batch_size} is too small; give at least 1.")
+    if min(batch_size, shard_tokens) < 1:
+        raise InterpError(f"{batch_size=} with {shard_tokens=} is too small; give at least 1 of each.")
     if compute not in ("float32", "bfloat16") or rows not in ROW_BYTES:
         raise InterpError(
             f"compute={compute!r} with rows={rows!r} is not known; compute is 'float32' or 'bfloat16', "
@@ -140,21 +152,25 @@ def _alone(folder: Path, plan: Mapping[str, Any]) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             path = folder / "plan.json"
-            if path.exists() and (old := json.loads(path.read_text())) != plan:
-                other = ", ".join(key for key in plan if old.get(key) != plan[key])
-                raise InterpError(f"{folder} holds a harvest with another {other}; choose another folder.")
-            if not path.exists():
+            old = json.loads(path.read_text()) if path.exists() else plan
+            other = [key for key in plan if old.get(key) != plan[key]]
+            if not other and list(old["sources"]) != list(plan["sources"]):
+                other = ["order of the sources"]
+            if other:
+                raise InterpError(
+                    f"{folder} holds a harvest with another {', '.join(other)}; choose another folder."
+                )
+            if old is plan:
                 write_json(path, plan)
             yield
     except Timeout:
         raise InterpError(f"Another process is writing to {folder}; wait for it.") from None
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise InterpError(
                 f"{folder} cannot be written ({error.strerror}); choose another folder."
             ) from None
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and "No space left" not in str(error):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise InterpError(
             f"The disk with {folder} filled up; the finished shards are kept: free some space and run this again."
@@ -166,7 +182,7 @@ def _complete(folder: Path) -> bool:
         n_shards = json.loads((folder / "card.json").read_text())["n_shards"]
     except FileNotFoundError:
         return False
-    return not any(damage(folder, index) for index in range(n_shards))
+    return not any(damages(folder, n_shards))
 
 
 def _run(
@@ -189,7 +205,7 @@ def _run(
         recorder = Recorder(model, folder, plan, sites, shards[0])
         for index in missing:
             recorder.write(index, shards[index], bar)
-    _finish(folder, plan, len(shards), list(corpora))
+    _finish(recorder, len(shards), list(corpora))
 
 
 def _shards(windows: Sequence[Window], shard_tokens: int) -> list[list[Window]]:
@@ -214,18 +230,20 @@ def _room(folder: Path, needed: float) -> None:
         )
 
 
-def _finish(folder: Path, plan: Mapping[str, Any], n_shards: int, sources: Sequence[str]) -> None:
+def _finish(recorder: Recorder, n_shards: int, sources: Sequence[str]) -> None:
     """Moments of all rows, then the card, which makes the store complete."""
+    folder = recorder.folder
     records = [shard_record(folder, index) for index in range(n_shards)]
     n_rows = sum(record["rows"] for record in records)
     parts = (folder / shard_name(index, "source") for index in range(n_shards))
     by_source = sum(np.bincount(np.fromfile(part, np.int8), minlength=len(sources)) for part in parts)
-    save_tensors(folder / "moments.safetensors", _moments(folder, plan, n_shards, n_rows))
+    recorder.write_moments(n_shards, n_rows)
     card = {
-        **plan,
+        **recorder.plan,
         "n_rows": n_rows,
         "n_shards": n_shards,
         "n_dropped": sum(len(record["dropped"]) for record in records),
+        "sha256": {name: sha256(folder / name) for name in SUMMARIES},
         "rows_by_source": dict(zip(sources, np.asarray(by_source).tolist(), strict=True)),
         "threads": torch.get_num_threads(),
         "versions": {p: importlib.metadata.version(p).split("+")[0] for p in ("torch", "transformers")},
@@ -234,15 +252,3 @@ def _finish(folder: Path, plan: Mapping[str, Any], n_shards: int, sources: Seque
         ).hexdigest(),
     }
     write_json(folder / "card.json", card)
-
-
-def _moments(folder: Path, plan: Mapping[str, Any], n_shards: int, n_rows: int) -> dict[str, Tensor]:
-    """By site, the mean row and the scale that makes E||(x - mean) * scale||^2 = d, from the shards' sums."""
-    sums = sum(torch.from_numpy(np.fromfile(folder / shard_name(i, "sums"))) for i in range(n_shards))
-    pilot = load_file(folder / "pilot.safetensors")
-    moments: dict[str, Tensor] = {}
-    for site, row in zip(plan["sites"], torch.as_tensor(sums).view(-1, plan["d"] + 1) / n_rows, strict=True):
-        variance = row[-1] - row[:-1].square().sum()
-        moments[f"{site}.mean"] = pilot[f"{site}.mean"] + row[:-1]
-        moments[f"{site}.scale"] = (plan["d"] / variance).sqrt()
-    return moments

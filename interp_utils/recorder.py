@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp_utils.errors import InterpError
-from interp_utils.shards import LABELS, ShardFiles, encode_int8
+from interp_utils.shards import LABELS, ShardFiles, card_hash, encode_int8, intact, shard_name, write_whole
 from interp_utils.sites import Site, body_in, forward_to
 from interp_utils.windows import Window
 
@@ -48,9 +48,16 @@ class Recorder:
         # One float32 buffer for all sums and norms: fresh memory for each costs more than the arithmetic.
         self.buffer = torch.empty(plan["batch_size"] * (plan["context"] - 1), plan["d"])
         path = folder / "pilot.safetensors"
-        if not path.exists():
+        if not intact(folder, path.name):
             sizes = np.cumsum([len(window.ids) for window in first])
-            save_tensors(path, self._pilot(first[: int(np.searchsorted(sizes, PILOT)) + 1]))
+            made = save(self._pilot(first[: int(np.searchsorted(sizes, PILOT)) + 1]))
+            begun = any(folder.glob("[0-9]*.json"))  # shards that were made with the one that is lost
+            if begun and hashlib.sha256(made).hexdigest() != card_hash(folder, path.name):
+                raise InterpError(
+                    f"{path} is missing or damaged, and it is not certain that the same can be made again; delete "
+                    "the folder and run the harvest again."
+                )
+            write_whole(path, made)
         self.pilot = load_file(path)
 
     def padded(
@@ -94,6 +101,19 @@ class Recorder:
         finally:
             files.discard()
 
+    def write_moments(self, n_shards: int, n_rows: int) -> None:
+        """By site, the mean row and the scale that makes E||(x - mean) * scale||^2 = d, from the shards' sums."""
+        d = self.plan["d"]
+        sums = sum(
+            torch.from_numpy(np.fromfile(self.folder / shard_name(i, "sums"))) for i in range(n_shards)
+        )
+        moments: dict[str, Tensor] = {}
+        for site, row in zip(self.plan["sites"], torch.as_tensor(sums).view(-1, d + 1) / n_rows, strict=True):
+            variance = row[-1] - row[:-1].square().sum()
+            moments[f"{site}.mean"] = self.pilot[f"{site}.mean"] + row[:-1]
+            moments[f"{site}.scale"] = (d / variance).sqrt()
+        write_whole(self.folder / "moments.safetensors", save(moments))
+
     def _keep(self, files: ShardFiles, site: str, rows: Float[Tensor, "row d"]) -> Float[Tensor, " d_plus_1"]:
         """Write rows; returns the sum of what will be read, less the pilot's mean, and of its squares."""
         mean, std = self.pilot[f"{site}.mean"], self.pilot[f"{site}.std"]
@@ -133,13 +153,6 @@ class Recorder:
         limits = {site: OUTLIER * self.pilot[f"{site}.median"] for site in states}
         fair = [_norms(self._float(rows), site) <= limits[site] for site, rows in states.items()]
         return torch.stack(fair).all(0)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Atomically."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    save_file(dict(tensors), scratch)
-    os.replace(scratch, path)
 
 
 def _norms(rows: Float[Tensor, "row d"], site: Site) -> Float[Tensor, " row"]:

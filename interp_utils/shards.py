@@ -2,6 +2,8 @@
 
 A shard is a set of plain binary files `<number>.<what>.bin`, one for each site and label, and `<number>.json`,
 which lists them with their sizes and hashes. The list is written last: a shard without it does not exist.
+Beside the shards lie the pilot, with which they were made, and the moments, made from them: the card, which is
+written at the end of the harvest, has their hashes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -17,12 +19,18 @@ from typing import IO, Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float16, Float32, Int, Int8, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from interp_utils.errors import InterpError
+from interp_utils.weights import sha256
 
 # What a row belongs to: which source, which document of it, which token of that, counted from 0, and its id.
 LABELS = {"source": np.int8, "document": np.int32, "position": np.int32, "token_ids": np.int32}
 LABEL_BYTES = sum(np.dtype(kind).itemsize for kind in LABELS.values())
 ROW_BYTES = {"bfloat16": 2, "int8": 1}  # per dimension
+SUMMARIES = ("moments.safetensors", "pilot.safetensors")
 
 
 def shard_name(index: int, what: str | None = None) -> str:
@@ -48,11 +56,40 @@ def damage(folder: Path, index: int) -> str | None:
     return None
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def card_hash(folder: Path, name: str) -> str | None:
+    """What the card says about one of `SUMMARIES`; None when there is no card, or an older one without hashes."""
+    path = folder / "card.json"
+    return json.loads(path.read_text()).get("sha256", {}).get(name) if path.exists() else None
+
+
+def intact(folder: Path, name: str) -> bool:
+    """Whether one of `SUMMARIES` can be read and is what the card says."""
+    try:
+        load_file(folder / name)
+    except (OSError, SafetensorError):
+        return False
+    return card_hash(folder, name) in (None, sha256(folder / name))
+
+
+def damages(folder: Path, n_shards: int) -> Iterator[str]:
+    """What is wrong with the files of a finished harvest."""
+    yield from (f"{name} is missing or damaged" for name in SUMMARIES if not intact(folder, name))
+    yield from filter(None, (damage(folder, index) for index in range(n_shards)))
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Atomically."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    with scratch.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Atomically."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 class ShardFiles:
@@ -133,6 +170,24 @@ class MappedShards:
             path = self.folder / shard_name(index, what)
             self.maps[what, index] = np.memmap(path, kind, mode="r").reshape(-1, width)
         return self.maps[what, index]
+
+
+def row_numbers(rows: Sequence[int] | Shaped[Tensor, " given"], n_rows: int) -> Int[Tensor, " row"]:
+    """Rows by number, from their numbers or from a mask of all.
+
+    Raises:
+        InterpError: a row out of range, a mask of another length, or numbers that are not whole.
+    """
+    found = torch.as_tensor(rows)
+    mask = found.dtype == torch.bool
+    if len(found) != n_rows if mask else len(found) and found.is_floating_point():
+        raise InterpError(
+            f"Rows are whole numbers or a mask of all {n_rows:,}; {len(found):,} of {found.dtype} were given."
+        )
+    found = found.nonzero()[:, 0] if mask else found.long()
+    if len(found) and not (0 <= int(found.min()) and int(found.max()) < n_rows):
+        raise InterpError(f"A row is out of range; this store has rows 0 to {n_rows - 1:,}.")
+    return found
 
 
 def encode_int8(

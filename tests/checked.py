@@ -32,6 +32,8 @@ NAMES = (
     "harvest",
     "activation_store",
     "dictionaries",
+    "controls",
+    "artifacts",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

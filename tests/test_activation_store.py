@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -22,12 +23,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp_utils import artifacts
 from interp_utils import harvest as harvest_module
 from interp_utils.activation_store import ActivationStore
 from interp_utils.errors import InterpError
 from interp_utils.harvest import harvest
 from interp_utils.recorder import OUTLIER
-from interp_utils.shards import decode_int8, encode_int8
+from interp_utils.shards import decode_int8, encode_int8, row_numbers
 from interp_utils.sites import Site, blocks, body_in, check_site, forward_to
 from interp_utils.windows import draw_windows, start_token
 from tests.conftest import load
@@ -55,6 +57,9 @@ OPTIONS: dict[str, Any] = {
     "shard_tokens": 500,
     "progress": False,
 }
+
+
+unchecked = getattr(harvest, "__wrapped__", harvest)  # by the tests' runtime types
 
 
 def run(model: Any, folder: Path, corpora: Any = CORPORA, **changes: Any) -> ActivationStore:
@@ -259,6 +264,34 @@ def test_rows_are_those_of_their_tokens(store: ActivationStore, llama: Any, tiny
         assert tokens[at] == ids[position]
 
 
+def test_masks(store: ActivationStore) -> None:
+    mask = store.source == 1
+    some = mask.nonzero()[:, 0]
+    assert 1 < len(some) < len(store)
+    assert torch.equal(store.read(mask), store.read(some))
+    assert torch.equal(store.read(mask.tolist()), store.read(some))
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.ones(9, dtype=torch.bool), torch.ones(0, dtype=torch.bool), torch.ones(2)]
+)
+def test_rows_are_numbers_or_a_mask(rows: Tensor) -> None:
+    with pytest.raises(
+        InterpError, match=rf"whole numbers or a mask of all 10; {len(rows)} of {rows.dtype} were"
+    ):
+        row_numbers(rows, 10)
+
+
+def test_row_out_of_range(store: ActivationStore) -> None:
+    for row in (-1, len(store)):
+        with pytest.raises(
+            InterpError, match=f"row is out of range; this store has rows 0 to {len(store) - 1:,}"
+        ):
+            store.read([row])
+        with pytest.raises(InterpError, match="row is out of range"):
+            store.tokens_around(row)
+
+
 @pytest.mark.parametrize("rows", ["bfloat16", "int8"])
 def test_normalised(llama: Any, tmp_path: Path, rows: Any) -> None:
     store = run(llama, tmp_path, rows=rows, sites=["resid_post.1", "mlp_in.2"])
@@ -337,21 +370,23 @@ def test_bad_batches(store: ActivationStore) -> None:
         store.batches(9_999, seed=0)
     with pytest.raises(InterpError, match="batch of 65 cannot be shared by rank 0 of 2"):
         store.batches(65, seed=0, world=2)
-    with pytest.raises(InterpError, match="row is out of range"):
-        store.read([len(store)])
     assert store.read([]).shape == (0, 32)
 
 
-def test_held_out_is_normalised_as_the_training(llama: Any, store: ActivationStore, tmp_path: Path) -> None:
+def test_held_out_is_normalised_as_the_training(
+    llama: Any, store: ActivationStore, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
     held = run(llama, tmp_path / "held", {"one": documents(20, 3)}, tokens=500)
     alike = held.like(store)
     raw = held.read([3, 1], normalised=False)
     expect = (raw - store.mean["resid_post.1"].float()) * store.scale["resid_post.1"]
     torch.testing.assert_close(alike.read([3, 1]), expect)
     assert not torch.allclose(held.read([3, 1]), expect)
-    other = run(llama, tmp_path / "other", sites=["resid_post.2"])
-    with pytest.raises(InterpError, match="lacks sites"):
-        other.like(store)
+    elsewhere = run(llama, tmp_path / "elsewhere", sites=["resid_post.2"])
+    foreign = run(tiny_model("gpt2"), tmp_path / "foreign")
+    for other in (elsewhere, foreign):
+        with pytest.raises(InterpError, match="of another model or lacks sites"):
+            other.like(store)
 
 
 @pytest.mark.parametrize("changes", [{"sites": ["resid_post.2"]}, {"seed": 1}, {"tokens": 1_000}])
@@ -367,6 +402,8 @@ def test_folder_of_another_model_or_corpus(
         run(tiny_model("gpt2"), store.folder)
     with pytest.raises(InterpError, match="another sources; choose"):
         run(llama, store.folder, {"one": CORPORA["one"], "two": documents(40, 3)})
+    with pytest.raises(InterpError, match="another order of the sources; choose"):
+        run(llama, store.folder, dict(reversed(CORPORA.items())))
 
 
 def test_finished_harvest_is_only_opened(
@@ -393,19 +430,21 @@ harvest(load_model(model), corpora, folder, **options)
 """
 
 
-def test_killed_harvest_goes_on(llama: Any, store: ActivationStore, tiny_folder: Any, tmp_path: Path) -> None:
-    work = json.dumps([str(tiny_folder("llama")), str(tmp_path), CORPORA, OPTIONS])
+@pytest.mark.parametrize("rows", ["bfloat16", "int8"])
+def test_killed_harvest_goes_on(llama: Any, tiny_folder: Any, tmp_path: Path, rows: Any) -> None:
+    folder, whole = tmp_path / "killed", run(llama, tmp_path / "whole", rows=rows)
+    work = json.dumps([str(tiny_folder("llama")), str(folder), CORPORA, {**OPTIONS, "rows": rows}])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", KILLED, work]
     ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    assert list(tmp_path.glob(".00002.*.tmp")) and not (tmp_path / "00002.json").exists()
+    assert list(folder.glob(".00002.*.tmp")) and not (folder / "00002.json").exists()
     with pytest.raises(InterpError, match="not finished"):
-        ActivationStore(tmp_path)
-    kept = (tmp_path / "00001.resid_post.1.bin").stat().st_mtime_ns
-    run(llama, tmp_path)
-    assert contents(tmp_path) == contents(store.folder)
-    assert (tmp_path / "00001.resid_post.1.bin").stat().st_mtime_ns == kept
+        ActivationStore(folder)
+    kept = (folder / "00001.resid_post.1.bin").stat().st_mtime_ns
+    run(llama, folder, rows=rows)
+    assert contents(folder) == contents(whole.folder)
+    assert (folder / "00001.resid_post.1.bin").stat().st_mtime_ns == kept
 
 
 def test_truncated_shard(llama: Any, store: ActivationStore, tmp_path: Path) -> None:
@@ -426,6 +465,59 @@ def test_changed_byte(store: ActivationStore, tmp_path: Path) -> None:
         file.write(b"\x01")
     with pytest.raises(InterpError, match=r"00001.resid_post.1.bin has another sha256"):
         ActivationStore(folder).verify()
+
+
+def turn_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["moments.safetensors", "pilot.safetensors"])
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: os.truncate(path, 100), turn_last_byte])
+def test_damaged_moments_and_pilot(
+    llama: Any, store: ActivationStore, tmp_path: Path, name: str, spoil: Callable[[Path], None]
+) -> None:
+    folder = Path(shutil.copytree(store.folder, tmp_path / "copy"))
+    opened = ActivationStore(folder)
+    spoil(folder / name)
+    for look in (opened.verify, lambda: ActivationStore(folder)):
+        with pytest.raises(InterpError, match=f"{name} is missing or damaged; run its harvest again"):
+            look()
+    run(llama, folder).verify()
+    assert contents(folder) == contents(store.folder)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_pilot_that_cannot_be_made_again(
+    llama: Any, store: ActivationStore, tmp_path: Path, finished: bool
+) -> None:
+    """The one that comes out is another than the card's, or there is no card yet to compare it with."""
+    folder = Path(shutil.copytree(store.folder, tmp_path / "copy"))
+    (folder / "pilot.safetensors").unlink()
+    card = folder / "card.json"
+    if finished:
+        card.write_text(card.read_text().replace(store.card["sha256"]["pilot.safetensors"], "0" * 64))
+    else:
+        card.unlink()
+    for _ in range(2):
+        with pytest.raises(InterpError, match=r"pilot.safetensors is missing or damaged.*delete the folder"):
+            run(llama, folder)
+    assert not (folder / "pilot.safetensors").exists()
+
+
+def test_card_without_hashes(llama: Any, store: ActivationStore, tmp_path: Path) -> None:
+    """Of a store that was made before cards had them."""
+    folder = Path(shutil.copytree(store.folder, tmp_path / "copy"))
+    older = {key: value for key, value in store.card.items() if key != "sha256"}
+    (folder / "card.json").write_text(json.dumps(older))
+    run(llama, folder).verify()
+    assert json.loads((folder / "card.json").read_text()) == older
+    os.truncate(folder / "moments.safetensors", 100)
+    with pytest.raises(InterpError, match=r"moments.safetensors is missing or damaged"):
+        ActivationStore(folder)
+    run(llama, folder)
+    assert contents(folder) == contents(store.folder)
 
 
 def test_disk_fills(llama: Any, store: ActivationStore, tmp_path: Path) -> None:
@@ -479,6 +571,8 @@ def test_broken_activations(tiny_folder: Any, tmp_path: Path, value: float, mess
         ({"sites": "resid_post.1"}, "sites is a list"),
         ({"context": 65}, "context=65 is out of range; this model takes 17 to 64"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"shard_tokens": 0}, "shard_tokens=0 is too small"),
+        ({"corpora": {str(n): ["text"] for n in range(129)}}, "129 sources; a store takes at most 128"),
         ({"compute": "float64"}, "compute='float64'"),
         ({"rows": "int4"}, "rows='int4'"),
         ({"corpora": {"one": []}}, "'one' has no documents"),
@@ -486,11 +580,39 @@ def test_broken_activations(tiny_folder: Any, tmp_path: Path, value: float, mess
     ],
 )
 def test_bad_arguments(llama: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    unchecked = harvest.__wrapped__ if hasattr(harvest, "__wrapped__") else harvest  # its own sentences
     options = {**OPTIONS, "corpora": CORPORA, **changes}
     with pytest.raises(InterpError, match=message):
         unchecked(llama, options.pop("corpora"), tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tokens", [np.int64(600), {"one": np.int64(300), "two": np.int32(300)}])
+def test_tokens_as_numpy_counts_them(llama: Any, tmp_path: Path, tokens: Any) -> None:
+    store = unchecked(llama, CORPORA, tmp_path, **{**OPTIONS, "tokens": tokens})
+    assert store.card["tokens"] == tokens and len(store) >= 600
+
+
+def test_each_mix_has_its_folder(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names: list[str] = []
+
+    @functools.wraps(harvest)
+    def recorded(_model: Any, _corpora: Any, folder: Path, **_options: Any) -> ActivationStore:
+        names.append(folder.name)
+        return store
+
+    def made(weights: str = "local:" + 50 * "a", text: str = "rain", **options: Any) -> None:
+        monkeypatch.setattr(artifacts, "load_corpus", lambda name: [f"{name} {text} {n}" for n in range(50)])
+        model = SimpleNamespace(info=SimpleNamespace(name="tiny", weights=weights))
+        artifacts.harvest_mix(model, parts=3, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setenv("INTERP_CACHE", str(tmp_path))
+    monkeypatch.setattr(artifacts, "harvest", recorded)
+    made(), made(compute="bfloat16", seed=0), made(progress=False)
+    assert len(set(names)) == 1
+    made(rows="int8"), made(seed=1), made(text="wind"), made("local:b" + 49 * "a")
+    assert len(set(names)) == 5
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from interp_utils import artifacts
 from interp_utils.artifacts import MIX, SAES, Recipe, ever_fired, harvest_mix, make_sae, measured
-from interp_utils.dictionaries import Dictionary
+from interp_utils.corpora import load_corpus, split_documents
+from interp_utils.dictionaries import Dictionary, train
 from interp_utils.dictionaries.files import load
 from interp_utils.dictionaries.splice import ce_metrics
 from interp_utils.errors import InterpError
@@ -41,7 +42,17 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Callable
     return load_tiny(tiny_folder("llama"))
 
 
-def test_an_artifact_is_made_again_from_nothing_or_from_its_checkpoint(small: Any, tmp_path: Path) -> None:
+def stopped(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def without_time(card: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in card.items() if name != "seconds"}
+
+
+def test_an_artifact_is_made_again_from_nothing_or_from_its_checkpoint(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = harvest_mix(small, SITE, parts=60, context=40, progress=False)
     held_out = harvest_mix(small, SITE, split="held_out", parts=10, context=40, progress=False).like(store)
     recipe = Recipe("batchtopk", 32, 4, 1e-2, epochs=2)
@@ -52,11 +63,20 @@ def test_an_artifact_is_made_again_from_nothing_or_from_its_checkpoint(small: An
     assert card["data"]["n_rows"] == len(store) and card["tokens"] == 2 * (len(store) // 2048) * 2048
     assert set(card["held_out"]) == {"all", "without massive dimensions", *MIX}
     assert 0 < card["held_out"]["all"]["explained_variance"] <= 1 and "Gemma" in card["notice"]
-    make_sae(recipe, small, store, held_out)  # the training is finished: only written again
-    assert (folder / "dictionary.safetensors").read_bytes() == first
-    (tmp_path / "cache" / "checkpoints" / "sae-batchtopk-32.safetensors").unlink()
-    make_sae(recipe, small, store, held_out)
-    assert (folder / "dictionary.safetensors").read_bytes() == first
+    checkpoint = tmp_path / "cache" / "checkpoints" / "sae-batchtopk-32.safetensors"
+    assert not checkpoint.exists(), "the next one begins from nothing"
+    (folder / "card.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts, "ce_metrics", stopped)
+        make_sae(recipe, small, store, held_out)
+    assert checkpoint.exists() and not (folder / "card.json").exists(), "no half of an artifact is written"
+    trained = []
+    monkeypatch.setattr(artifacts, "train", lambda *a, **o: trained.append(train(*a, **o)) or trained[-1])
+    for _ in range(2):  # from the finished training's checkpoint, then from nothing
+        make_sae(recipe, small, store, held_out)
+        assert (folder / "dictionary.safetensors").read_bytes() == first
+        assert without_time(json.loads((folder / "card.json").read_text())) == without_time(card)
+    assert len(trained) == 2 and not checkpoint.exists()
     shipped, _ = load(folder)
     x = held_out.read(slice(0, 50))
     assert shipped(x).equal(sae(x)) and measured(shipped, held_out) == card["held_out"]
@@ -82,6 +102,8 @@ def test_latents_that_ever_fire(small: Any, kind: Any) -> None:
         sae.set_threshold(torch.tensor(1.5) if kind == "batchtopk" else torch.linspace(0, 3, 64))
     every = (sae.encode(store.read(slice(None))) > 0).any(0)
     assert ever_fired(sae, store, batch_size=64).equal(every) and 0 < every.sum() < 64
+    with pytest.raises(InterpError, match="Latents of a topk dictionary compete"):
+        ever_fired(Dictionary.create("topk", store.d(), 64, k=4), store)
 
 
 def test_an_unknown_artifact_is_refused() -> None:
@@ -96,8 +118,8 @@ def test_shipped_dictionaries_do_what_their_cards_say(gemma: Any, name: str) -> 
     sae, card = load(name)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.width), rtol=0, atol=1e-2)
     assert card["data"]["weights"] == gemma.info.weights
-    docs = {"python": [Path(artifacts.__file__).read_text()], "prose": ["\n".join(texts("a"))]}
-    drawn = draw_windows(gemma, docs, dict.fromkeys(docs, 300), context=128, seed=0)
+    held_out = {source: split_documents(load_corpus(source))[1] for source in MIX}
+    drawn = draw_windows(gemma, held_out, {n: 5 * share for n, share in MIX.items()}, context=128, seed=0)
     windows = [[start_token(gemma), *map(int, window.ids)] for window in drawn]
     found = ce_metrics(gemma, sae, windows, card["data"]["sites"][0])
     assert found["recovered_mean"] == pytest.approx(card["spliced"]["recovered_mean"], abs=0.15)

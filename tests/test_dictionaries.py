@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from interp_utils.dictionaries import Dictionary, TrainConfig, steps, train
@@ -117,6 +120,18 @@ def test_the_dead_learn_from_what_is_left_over() -> None:
         close(step.radial, (dictionary.W_dec * dictionary.W_dec.grad).sum(1))
 
 
+def with_silent(dictionary: Dictionary) -> Dictionary:
+    """A third of the latents too weak to be chosen, though positive: dead, with a gradient through AuxK.
+
+    Half of these start at a bias of -9 instead, from where nothing moves them.
+    """
+    with torch.no_grad():
+        dictionary.W_enc[::3] *= 0.02
+        dictionary.b_enc[::3] = 0.02
+        dictionary.b_enc[::6] = -9
+    return dictionary
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("freeze", [False, True])
 def test_fifty_steps_equal_autograd(kind: Any, freeze: bool) -> None:
@@ -127,13 +142,19 @@ def test_fifty_steps_equal_autograd(kind: Any, freeze: bool) -> None:
         if kind == "relu" else None,
     )  # fmt: skip
     # With seed 0 two of a row's latents come within a rounding error of each other, and either may be kept.
-    ours, theirs = made(kind, seed=1), made(kind, seed=1).double()
+    ours, theirs = with_silent(made(kind, seed=1)), with_silent(made(kind, seed=1)).double()
+    plain = copy.deepcopy(ours)
     log = train(ours, lambda start: iter(batches[start:]), config, progress=False)
     losses = reference.train(theirs, [(x.double(), y.double()) for x, y in batches], config)
     assert log["loss"].iloc[0] == pytest.approx(sum(losses) / 50, rel=1e-5)
     for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         close(own.detach(), other.detach().float())
     assert torch.equal(ours.W_dec, made(kind, seed=1).W_dec) == freeze
+    if kind in ("topk", "batchtopk"):
+        assert log["dead_share"].iloc[-1] > 0.1, "some are to be dead"
+        train(plain, x, replace(config, aux_k=0), progress=False)
+        moved, alone = (d.W_enc[3::6] - made(kind, seed=1).W_enc[3::6] * 0.02 for d in (ours, plain))
+        assert moved.norm() > 1.2 * alone.norm(), "the dead learn through AuxK"
 
 
 @pytest.mark.parametrize("screen", [None, "bfloat16"])
@@ -190,9 +211,16 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         train(made("topk", width=48), x, config, checkpoint=file, progress=False)
     with pytest.raises(InterpError, match="another run .*steps 2, not 4"):
         train(made("topk"), x, TrainConfig(4, ROWS), checkpoint=file, progress=False)
-    file.write_bytes(before[: len(before) // 2])
-    with pytest.raises(InterpError, match="is damaged"):
-        train(made("topk"), x, config, checkpoint=file, progress=False)
+    for other in (x[:500], x + 1e-6, (x, x)):
+        with pytest.raises(
+            InterpError, match="another run .data '600 x 24, hash .*' ?, not '.* x 24.*, hash"
+        ):
+            train(made("topk"), other, config, checkpoint=file, progress=False)
+    save_file({"count": torch.zeros(())}, tmp_path / "foreign", {"identity": "{}"})
+    for content in (before[: len(before) // 2], b"", (tmp_path / "foreign").read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(InterpError, match="run.safetensors is missing, damaged or .*delete it"):
+            train(made("topk"), x, config, checkpoint=str(file), progress=False)
 
 
 def test_bad_data_is_named() -> None:
@@ -212,6 +240,22 @@ def test_bad_data_is_named() -> None:
     assert "they must agree" in run((x, x[:100]))
     assert "ended after 9 of 20 steps" in run(x, config=TrainConfig(20, ROWS, epochs=1))
     assert "The target of step 0" in run((x, x[:, :8].clone()))
+    transcoder = Dictionary.create("topk", D_IN, WIDTH, D_IN, k=K)
+    for lone in (x, lambda start: iter([x[:ROWS]])):
+        assert "Step 0 is one tensor, but a transcoder needs its input and its target" in run(
+            lone, transcoder
+        )
+    assert "Step 0 holds (Tensor torch.int64), but a floating-point tensor" in run(
+        torch.arange(600 * D_IN).view(600, -1)
+    )
+    for wrong in ([x], x.numpy(), (part for part in x.split(ROWS)), 3, (x, x, x)):
+        assert f"type {type(wrong).__name__} cannot be trained on; give an activation store" in run(wrong)
+    half = torch.full((600, D_IN), 6e4, dtype=torch.float16)  # each finite, the sum not
+    half[::2] = 0
+    train(made("topk"), half, TrainConfig(1, ROWS, lr=1e-9), progress=False)
+    huge = torch.full((600, D_IN), 1e37)
+    huge[::2] = 0
+    assert "The loss of step 0 is inf" in run(huge, config=TrainConfig(1, ROWS))
 
 
 def test_impossible_dictionaries_are_refused() -> None:
@@ -222,11 +266,41 @@ def test_impossible_dictionaries_are_refused() -> None:
     with pytest.raises(InterpError, match="has no k"):
         Dictionary.create("relu", 8, 4, k=2)
     with pytest.raises(InterpError, match="no kind of dictionary 'top'.*'topk'"):
-        check("top", 8, 4, None)  # behind the type checker's back
-    with pytest.raises(InterpError, match="steps is 0 but must be at least 1"):
-        TrainConfig(0)
-    with pytest.raises(InterpError, match="same number of latents"):
-        made("relu").encode_sparse(data(4))
+        check("top", 8, 4, 8, None)  # behind the type checker's back
+    with pytest.raises(InterpError, match="width and d_out of at least 1, not 8, 4 and 0"):
+        Dictionary("relu", 8, 4, 0)
+    for scale, target in ((0.0, None), (math.inf, 1.0), (1.0, -1.0), (math.nan, None)):
+        with pytest.raises(InterpError, match="is no unit"):
+            made("relu").set_units(torch.zeros(D_IN), scale, torch.zeros(D_IN), target)
+
+
+@pytest.mark.parametrize(
+    "field,wrong,right",
+    [
+        ("steps", (0,), 1),
+        ("batch_size", (0, None), 1),
+        ("lr", (0, -1e-3, math.nan, math.inf), None),
+        ("warmup_steps", (-1,), 0),
+        ("decay", (-0.1, 1.1, None), 1.0),
+        ("l1", (-1.0,), 0.0),
+        ("l1_warmup", (2.0,), None),
+        ("clip_norm", (0.0,), None),
+        ("aux_k", (-1,), 0),
+        ("dead_tokens", (0,), 1),
+        ("screen", ("float16", "bf16"), None),
+        ("betas", ((0.9, 1.0), (0.9,)), (0.0, 0.99)),
+        ("site", (3, ("a", "b", "c"), ("a",)), ("a", "b")),
+        ("epochs", (0, -1), None),
+        ("log_every", (0,), 1),
+    ],
+)
+def test_impossible_configurations_are_refused(field: str, wrong: Any, right: Any) -> None:
+    TrainConfig(**{"steps": 1, field: right})
+    for value in wrong:
+        config = object.__new__(TrainConfig)  # behind the type checker's back
+        vars(config).update(vars(TrainConfig(1)) | {field: value})
+        with pytest.raises(InterpError, match=f"^{field} is .* but must be "):
+            config.__post_init__()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,13 +315,6 @@ def test_folding_norms_changes_no_reconstruction(kind: Any) -> None:
     torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(WIDTH))
     close(unit(x).detach(), dictionary(x).detach())
     assert torch.equal(unit.encode(x) > 0, dictionary.encode(x) > 0)
-
-
-def test_sparse_encoding_is_the_dense_one() -> None:
-    dictionary, x = made("topk"), data(ROWS)
-    ids, values = dictionary.encode_sparse(x)
-    assert ids.shape == (ROWS, K) and (values.diff(dim=1) <= 0).all()
-    assert torch.equal(torch.zeros(ROWS, WIDTH).scatter(1, ids, values), dictionary.encode(x))
 
 
 def test_batchtopk_learns_its_threshold() -> None:

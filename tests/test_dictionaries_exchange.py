@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from interp_utils.dictionaries import Dictionary
+from interp_utils.dictionaries import Dictionary, splice
 from interp_utils.dictionaries.exchange import from_gemma_scope, from_saelens, to_saelens
 from interp_utils.dictionaries.splice import ce_metrics
 from interp_utils.errors import InterpError
+from interp_utils.sites import check_site, forward_to
 from tests.test_dictionaries import D_IN, KINDS, WIDTH, close, data, made
 
 HOOK = {"model_name": "google/gemma-3-270m", "hook_name": "blocks.9.hook_resid_post"}
@@ -91,19 +92,49 @@ def test_what_saelens_subtracts_and_divides_by_is_folded(architecture: str, tmp_
     read = from_saelens(tmp_path)
     close(read.encode(x).detach(), acts)
     close(read(x).detach(), y)
+    weights = load_file(tmp_path / "sae_weights.safetensors")
+    weights["W_dec"][3] = 0  # a latent that decodes to nothing
+    save_file(weights, tmp_path / "sae_weights.safetensors")
+    with torch.no_grad():
+        read.W_dec[3] = 0
+    again = from_saelens(tmp_path)
+    assert all(t.isfinite().all() for t in again.state_dict().values()) and not again.W_dec[3].any()
+    if architecture == "standard":
+        close(again(x).detach(), read(x).detach())
 
 
 def test_foreign_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InterpError, match="no readable cfg.json"):
+    with pytest.raises(InterpError, match="cfg.json with sae_weights.safetensors is missing, damaged or"):
         from_saelens(tmp_path)
-    to_saelens(tmp_path, trained("topk"), **HOOK)
+    to_saelens(str(tmp_path), trained("topk"), **HOOK)
     config = json.loads((tmp_path / "cfg.json").read_text())
     for change, message in (
-        ({"architecture": "gated"}, "architecture 'gated', but only standard, topk, jumprelu"),
+        ({"architecture": "gated"}, "cfg.json.*architecture 'gated', but only standard, topk, jumprelu"),
+        ({"architecture": "batchtopk"}, "cfg.json.*save it with SAELens's `save_inference_model`"),
+        ({"k": None}, "cfg.json.*needs k"),
+        ({"metadata": None}, "cfg.json.*before SAELens 6"),
+        ({"metadata": "6.1"}, "cfg.json.*damaged"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
         ({"metadata": {}}, "before SAELens 6"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InterpError, match=message):
+            from_saelens(str(tmp_path))
+    for text in ("[]", "{", "null", '"topk"'):
+        (tmp_path / "cfg.json").write_text(text)
+        with pytest.raises(InterpError, match="cfg.json"):
+            from_saelens(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps({k: v for k, v in config.items() if k != "k"}))
+    with pytest.raises(InterpError, match="cfg.json.*no 'k'.*save the SAE with SAELens 6"):
+        from_saelens(tmp_path)
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    for weights, message in (
+        ({n: t for n, t in tensors.items() if n != "b_enc"}, "sae_weights.*no 'b_enc'"),
+        ({**tensors, "b_enc": torch.zeros(3)}, "sae_weights.*b_enc has shape .3,. but .96,. is needed"),
+        ({**tensors, "W_dec": torch.zeros(WIDTH)}, "sae_weights"),
+    ):
+        save_file(weights, tmp_path / "sae_weights.safetensors")
         with pytest.raises(InterpError, match=message):
             from_saelens(tmp_path)
     with pytest.raises(InterpError, match="only autoencoders are exported"):
@@ -130,8 +161,12 @@ def test_gemma_scope_files_are_read(tmp_path: Path) -> None:
     save_file({**w, "threshold": torch.ones(3)}, file)
     with pytest.raises(InterpError, match="threshold of shape"):
         from_gemma_scope(file)
-    with pytest.raises(InterpError, match="cannot be read"):
-        from_gemma_scope(tmp_path / "none")
+    save_file({**w, "w_enc": torch.ones(3)}, file)
+    for path in (tmp_path / "none", file, str(file)):
+        with pytest.raises(
+            InterpError, match=f"{Path(path).name} is missing, damaged or .*download it again"
+        ):
+            from_gemma_scope(path)
 
 
 def identity(d: int, scale: float = 1.0) -> Dictionary:
@@ -183,13 +218,17 @@ def test_spliced_loss_equals_plain_hooks(llama: Any) -> None:
         handle.remove()
         return logits
 
+    states: list[Tensor] = []
+    plain(lambda x: (states.append(x), x)[1])  # an identity that notes what it is given
+    mean = torch.stack(states).mean(0)
+
     def ce(logs: Tensor) -> float:
         return -float(torch.stack([logs[p, window[p + 1]] for p in range(1, len(window) - 1)]).mean())
 
     with torch.no_grad():
         runs = {
             "ce": plain(lambda x: x),
-            "ce_mean_ablated": plain(lambda x: poor.mean),
+            "ce_mean_ablated": plain(lambda x: mean),
             "ce_zero_ablated": plain(lambda x: torch.zeros(d)),
             "ce_spliced": plain(lambda x: poor((x - poor.mean) * 0.7) / 0.7 + poor.mean),
         }
@@ -204,10 +243,47 @@ def test_spliced_loss_equals_plain_hooks(llama: Any) -> None:
 def test_a_transcoder_replaces_the_mlp(llama: Any) -> None:
     """One that always gives the mean of what it replaces is mean ablation."""
     d = llama.config.hidden_size
-    constant = Dictionary("relu", d, 4, d_out=d).set_units(torch.zeros(d), 1.0, torch.randn(d), 2.0)
+    sites = [check_site(llama, name) for name in ("mlp_in.1", "mlp_out.1")]
+    rows: list[list[Tensor]] = [[], []]
+    for window in windows(llama)[:3]:
+        states = forward_to(llama._module.base_model, sites, torch.tensor([window]))
+        for own, site in zip(rows, sites, strict=True):
+            own.append(states[site][0, 1:])
+    x, y = (torch.cat(own) for own in rows)
+    usual = x.norm(dim=1) <= 6 * x.norm(dim=1).median()
+    constant = Dictionary("relu", d, 4, d_out=d).set_units(torch.zeros(d), 1.0, y[usual].mean(0), 2.0)
     result = ce_metrics(llama, constant, windows(llama), "mlp_in.1")
     assert result["ce_spliced"] == pytest.approx(result["ce_mean_ablated"], rel=1e-6)
     assert result["ce_spliced"] != pytest.approx(result["ce_zero_ablated"], rel=1e-6)
+    for site in ("resid_post.1", "mlp_out.1"):
+        with pytest.raises(InterpError, match=f"reads its input, not {site}; name the site 'mlp_in.1'"):
+            ce_metrics(llama, constant, windows(llama), site)
+    wide = Dictionary("relu", d, 4, d_out=d + 1)
+    with pytest.raises(InterpError, match=f"Rows at mlp_out.1 are {d} wide but the dictionary gives {d + 1}"):
+        ce_metrics(llama, wide, windows(llama), "mlp_in.1")
+
+
+def test_neither_batches_nor_units_change_the_measures(llama: Any) -> None:
+    """A window of other norms in the first batch or the last, and the dictionary that has no units."""
+    d, some = llama.config.hidden_size, windows(llama)[:3]
+    some.append([0, *[some[0][1]] * 12])
+    poor = Dictionary.create("topk", d, 16, k=2).set_units(torch.randn(d), 0.7)
+    first = ce_metrics(llama, poor, some, "resid_post.0", batch_size=1)
+    orders = [(poor, some[::-1], 1), (poor, some, 8), (poor.raw(), some, 1)]
+    for dictionary, own, size in orders:
+        other = ce_metrics(llama, dictionary, own, "resid_post.0", batch_size=size)
+        for name, value in first.items():
+            assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_the_outlier_limit_is_that_of_all_windows(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splice, "OUTLIER", 1)  # half of the rows are above it
+    d, some = llama.config.hidden_size, windows(llama)[:3]
+    shares = [
+        ce_metrics(llama, identity(d), own, "resid_post.0", batch_size=1)["replaced_share"]
+        for own in (some, some[::-1], some[1:] + some[:1])
+    ]
+    assert shares[0] == shares[1] == shares[2] == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_splice_that_cannot_work_is_refused(llama: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,36 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InterpError, match="could not be written"):
         save(tmp_path / "file", made("topk"), {})
-    assert json.loads((tmp_path / "card.json").read_text())["dictionary"]["width"] == made("topk").width
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["dictionary"]["width"] == made("topk").width
+    file.write_bytes(whole)
+    advice = "restore both from where they came or train again"
+    for text in ("{", "[]", "null", json.dumps({"sha256": card["sha256"]}), json.dumps({"dictionary": {}})):
+        (tmp_path / "card.json").write_text(text)
+        with pytest.raises(InterpError, match=f"card.json is missing, damaged or .*; {advice}"):
+            load(tmp_path)
+    for change in ({"k": None}, {"width": 7}, {"kind": "top"}, {"kind": "jumprelu", "k": None}):
+        shape = {**card["dictionary"], **change}
+        (tmp_path / "card.json").write_text(json.dumps({**card, "dictionary": shape}))
+        with pytest.raises(InterpError, match="dictionary.safetensors with its card"):
+            load(tmp_path)
+
+
+def test_a_row_of_zeros_counts_as_a_unit_row(tmp_path: Path) -> None:
+    for kind in ("topk", "relu"):
+        dictionary = made(kind)
+        with torch.no_grad():
+            dictionary.W_dec /= dictionary.W_dec.norm(dim=1, keepdim=True)
+            dictionary.W_dec *= 1 + 5e-5 * torch.rand(len(dictionary.W_dec), 1)
+            dictionary.W_dec[5] = 0
+        unit = dictionary.normalised()
+        assert unit.W_dec.isfinite().all() and not unit.W_dec[5].any()
+        close(unit(data(20)).detach(), dictionary(data(20)).detach())
+        save(str(tmp_path), dictionary, {})
+        back, card = load(tmp_path)
+        assert card["dictionary"]["unit_rows"] and not back.W_dec[5].any()
+        norms = back.W_dec.norm(dim=1)
+        torch.testing.assert_close(norms[norms > 0], torch.ones(back.width - 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,8 +128,45 @@ def test_metrics_equal_slow_ones() -> None:
     assert "density" not in result.as_dict() and np.isfinite(list(result.as_dict().values())).all()
     with pytest.raises(InterpError, match="no row"):
         evaluate(dictionary, [])
-    with pytest.raises(InterpError, match="24 wide and its target 24, but the dictionary maps 24 to 16"):
-        evaluate(dictionary, x)
+    one, listed = evaluate(dictionary, (x, y)), evaluate(dictionary, [[x.double(), y.double()]])
+    assert one.as_dict() == listed.as_dict() == pytest.approx(result.as_dict(), rel=1e-9)
+
+
+def test_what_cannot_be_evaluated_is_named() -> None:
+    transcoder, sae, x = made("topk", d_out=16), made("topk"), data(40)
+    spoiled = x.clone()
+    spoiled[3, 2] = torch.inf
+    half = torch.full((40, D_IN), 6e4, dtype=torch.float16)
+    assert evaluate(sae, half.div(1e4)).rows == 40 and evaluate(sae, half).rows == 40
+    for dictionary, batches, message in (
+        (transcoder, x, "The data is one tensor, but a transcoder needs its input and its target"),
+        (transcoder, [(x, x[:, :16]), x], "Batch 1 is one tensor"),
+        (transcoder, (x, x[:30, :16]), r"target of the data has shape \(30, 16\) but \(40, 16\) is needed"),
+        (transcoder, (x, x), r"target of the data has shape \(40, 24\) but \(40, 16\)"),
+        (sae, x[:, :8], r"input of the data has shape \(40, 8\) but \(40, 24\)"),
+        (sae, x.view(2, 20, -1), r"shape \(2, 20, 24\) but \(40, 24\)"),
+        (sae, [x, spoiled], "input of batch 1 has NaN or infinite values in 1 rows, the first is row 3"),
+        (sae, x.long(), r"The data holds \(Tensor torch.int64\), but a floating-point tensor"),
+        (sae, x.numpy(), r"Batch 0 holds \(ndarray float32\)"),
+        (
+            sae,
+            [(x, x, x)],
+            r"Batch 0 holds \(Tensor torch.float32, Tensor torch.float32, Tensor torch.float32\)",
+        ),
+        (sae, 3, "Data of type int cannot be evaluated on"),
+    ):
+        with pytest.raises(InterpError, match=message):
+            evaluate(dictionary, batches)
+
+
+def test_ratios_without_a_denominator_are_nan() -> None:
+    sae = made("relu")
+    for rows in (data(40)[:1], data(40)[:1].expand(700, -1)):
+        result = evaluate(sae, rows)
+        assert math.isnan(result.explained_variance) and math.isfinite(result.normalised_mse)
+    zeros = evaluate(sae, torch.zeros(5, D_IN))
+    assert all(math.isnan(v) for v in (zeros.explained_variance, zeros.normalised_mse, zeros.norm_ratio))
+    assert math.isfinite(evaluate(sae, data(40)[:2]).explained_variance)
 
 
 def test_a_perfect_dictionary_explains_everything() -> None:

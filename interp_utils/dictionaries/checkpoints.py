@@ -1,9 +1,8 @@
-"""Training state in one safetensors file, written beside and renamed, so that a kill never spoils it."""
+"""Training state in one safetensors file, which a kill never spoils."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from interp_utils.dictionaries.adam import Adam
 from interp_utils.dictionaries.dictionary import Dictionary
+from interp_utils.dictionaries.files import readable, replace
+from interp_utils.dictionaries.parallel import Ranks
 from interp_utils.errors import InterpError
 
 
@@ -25,6 +26,7 @@ class Saved:
     adam: Adam
     silent: Tensor
     plan: dict[str, Any]
+    data: str | None  # see `batches.fingerprint`
 
     def tensors(self) -> dict[str, Tensor]:
         state = {f"dictionary.{name}": t.detach() for name, t in self.dictionary.state_dict().items()}
@@ -33,10 +35,10 @@ class Saved:
         return state | {"count": self.adam.count, "silent": self.silent}
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on: the dictionary's shape and the whole plan."""
+        """What must be equal for a run to go on: the dictionary's shape, the whole plan and the data."""
         d = self.dictionary
         shape = {"kind": d.kind, "d_in": d.d_in, "d_out": d.d_out, "width": d.width, "k": d.k}
-        return json.loads(json.dumps({**shape, "transcoder": d.transcoder, **self.plan}))
+        return json.loads(json.dumps({**shape, "transcoder": d.transcoder, **self.plan, "data": self.data}))
 
 
 def store(path: Path, saved: Saved, counters: dict[str, Any]) -> None:
@@ -45,42 +47,60 @@ def store(path: Path, saved: Saved, counters: dict[str, Any]) -> None:
     Raises:
         InterpError: the file cannot be written; the checkpoint before it is left as it was.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"identity": json.dumps(saved.identity()), "counters": json.dumps(counters)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(saved.tensors(), scratch, metadata=metadata)
-        os.replace(scratch, path)
+        replace(path, lambda scratch: save_file(saved.tensors(), scratch, metadata=metadata))
     except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
         raise InterpError(
             f"The checkpoint {path} could not be written ({error}); free some space or name another file. "
             "An older checkpoint there is untouched."
         ) from None
 
 
-def restore(path: Path, saved: Saved) -> dict[str, Any] | None:
+def restore(path: Path | None, saved: Saved) -> dict[str, Any] | None:
     """Fill the live tensors from a checkpoint and return its counters; None when there is none yet.
 
     Raises:
-        InterpError: it belongs to another dictionary or configuration, or is damaged.
+        InterpError: it belongs to another dictionary, configuration or data, or is damaged.
     """
-    if not path.exists():
+    if path is None or not path.exists():
         return None
-    try:
+    own, live = saved.identity(), saved.tensors()
+    with readable(f"The checkpoint {path}", "delete it to start again"):
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}
-        identity, counters = json.loads(about["identity"]), json.loads(about["counters"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InterpError(f"The checkpoint {path} is damaged ({error}); delete it to start again.") from None
-    own = saved.identity()
-    if other := [name for name in own if identity.get(name) != own[name]]:
+            about = file.metadata()
+            identity, counters = dict(json.loads(about["identity"])), dict(json.loads(about["counters"]))
+            other = [name for name in own if identity.get(name) != own[name]]
+            for name, tensor in ({} if other else live).items():
+                tensor.copy_(file.get_tensor(name))
+    if other:
         was = ", ".join(f"{name} {identity.get(name)!r}, not {own[name]!r}" for name in other)
         raise InterpError(
-            f"The checkpoint {path} is of another run ({was}); call with its configuration, name another file "
-            "or delete it."
+            f"The checkpoint {path} is of another run ({was}); call with its configuration and data, name "
+            "another file or delete it."
         )
-    for name, tensor in saved.tensors().items():
-        tensor.copy_(stored[name])
     return counters
+
+
+def resume(path: Path | None, saved: Saved, ranks: Ranks) -> dict[str, Any] | None:
+    """`restore` by the first process, whose state and counters all others then take over.
+
+    Raises:
+        InterpError: as `restore`, in every process; or the processes are not given the same run.
+    """
+    found, problem = None, None
+    if ranks.rank == 0:
+        try:
+            found = restore(path, saved)
+        except InterpError as error:
+            problem = error
+    everyone = ranks.gather((saved.identity(), found, problem))
+    own, found, problem = everyone[0]
+    if problem:
+        raise problem
+    if other := sorted({name for his, *_ in everyone for name in own if his[name] != own[name]}):
+        raise InterpError(
+            f"The processes differ in {', '.join(other)}; call train with the same in all of them."
+        )
+    ranks.copy_first(*saved.tensors().values())
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,25 @@ from interp_utils.dictionaries.kernels import Screen, fast_screen
 from interp_utils.errors import InterpError
 
 TOPK = ("topk", "batchtopk")
+
+
+def _named(value: Any) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2
+    return all(isinstance(name, str) for name in (value if pair else (value,)))
+
+
+# What a field must be, None aside where that is its default, and the words for it.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("steps", "batch_size", "log_every", "epochs"), (lambda n: n >= 1, "at least 1")),
+    **dict.fromkeys(("lr", "clip_norm", "dead_tokens"), (lambda v: 0 < v < math.inf, "above 0")),
+    **dict.fromkeys(("warmup_steps", "aux_k"), (lambda n: n >= 0, "at least 0")),
+    "l1": (lambda v: 0 <= v < math.inf, "at least 0"),
+    **dict.fromkeys(("decay", "l1_warmup"), (lambda share: 0 <= share <= 1, "between 0 and 1")),
+    "betas": (lambda pair: len(pair) == 2 and all(0 <= b < 1 for b in pair), "two numbers from 0 to below 1"),
+    "screen": (lambda name: name in ("auto", "bfloat16"), "'auto', 'bfloat16' or None"),
+    "site": (_named, "the name of a site or a pair of them, (input, target)"),
+}
+OPTIONAL = ("lr", "l1", "l1_warmup", "clip_norm", "aux_k", "screen", "site", "epochs")
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,8 @@ class TrainConfig:
         freeze_decoder: leave W_dec as it is (the random-decoder control).
         seed: of the order of the data.
         site: of a store with several sites: one, or (input, target) for a transcoder.
-        epochs: passes over a store or tensor that may be begun; more steps than they hold is an error.
+        epochs: passes over a store or tensor that may be begun; more steps than they hold is an error. None: as
+            many as the steps need.
         log_every: steps per row of the log.
     """
 
@@ -61,9 +82,10 @@ class TrainConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise InterpError(f"{name} is {getattr(self, name)} but must be at least 1.")
+        for name, (right, wanted) in CHECKS.items():
+            value = getattr(self, name)
+            if not (right(value) if value is not None else name in OPTIONAL):
+                raise InterpError(f"{name} is {value!r} but must be {wanted}.")
 
     def filled(self, dictionary: Dictionary) -> dict[str, Any]:
         """All fields, the recipe's values in place of None."""

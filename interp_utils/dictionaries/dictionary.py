@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_utils.errors import InterpError, nearest
@@ -14,7 +15,7 @@ from interp_utils.errors import InterpError, nearest
 Kind = Literal["relu", "topk", "batchtopk", "jumprelu"]
 DECODER_NORM = 0.1  # of the ReLU kind at the start (April 2024 recipe: 0.05 to 1)
 FIRST_THRESHOLD = 1.0  # of the JumpReLU kind at the start
-UNIT = 1e-4  # how far from 1 a decoder row's norm may be and still count as a unit row
+UNIT = 1e-4  # how far from 1 a decoder row's norm may be and still count as 1
 
 
 class Dictionary(nn.Module):
@@ -38,14 +39,15 @@ class Dictionary(nn.Module):
         threshold: a scalar for batchtopk, "width" for jumprelu, zero otherwise.
 
     Raises:
-        InterpError: an unknown kind, or a k that does not fit the kind or the width.
+        InterpError: an unknown kind, a size below 1, or a k that does not fit the kind or the width.
     """
 
     def __init__(self, kind: Kind, d_in: int, width: int, d_out: int | None = None, k: int | None = None):
         super().__init__()
-        _check(kind, d_in, width, k)
-        self.kind, self.d_in, self.width, self.d_out, self.k = kind, d_in, width, d_out or d_in, k
         self.transcoder = d_out is not None
+        d_out = d_in if d_out is None else d_out
+        _check(kind, d_in, width, d_out, k)
+        self.kind, self.d_in, self.width, self.d_out, self.k = kind, d_in, width, d_out, k
         self.W_enc = nn.Parameter(torch.zeros(width, d_in))
         self.b_enc = nn.Parameter(torch.zeros(width))
         self.W_dec = nn.Parameter(torch.zeros(width, self.d_out))
@@ -69,14 +71,13 @@ class Dictionary(nn.Module):
         *,
         k: int | None = None,
         seed: int = 0,
-        data_mean: Float[Tensor, " d_out"] | None = None,
     ) -> Dictionary:
         """A dictionary as its recipe starts it, the same for the same seed.
 
         relu: random decoder rows of norm 0.1, W_enc = W_dec, biases 0 (April 2024 update). The others: random
-        unit rows, W_enc = W_dec, b_dec at the mean of the target (Gao et al. 2024; zero for centred data);
-        jumprelu thresholds of 1. A transcoder, made by giving d_out, has nothing to tie: its decoder starts at
-        zero.
+        unit rows, W_enc = W_dec, biases 0: Gao et al. 2024 start b_dec at the mean of the data, which is zero
+        here because data are centred; jumprelu thresholds of 1. A transcoder, made by giving d_out, has nothing
+        to tie: its decoder starts at zero.
 
         Raises:
             InterpError: as for the class.
@@ -89,8 +90,6 @@ class Dictionary(nn.Module):
             made.W_enc.copy_(rows)
             if not made.transcoder:
                 made.W_dec.copy_(rows)
-            if data_mean is not None:
-                made.b_dec.copy_(data_mean)
         return made
 
     mean: Tensor
@@ -115,21 +114,10 @@ class Dictionary(nn.Module):
             return torch.zeros_like(pre).scatter_(-1, ids, values.relu())
         return pre.relu() if self.kind == "relu" else pre.relu() * (pre > self.threshold)
 
-    def encode_sparse(
-        self, x: Float[Tensor, "row d_in"]
-    ) -> tuple[Int[Tensor, "row k"], Float[Tensor, "row k"]]:
-        """The k largest activations of each row and whose they are, largest first; topk only.
-
-        Raises:
-            InterpError: the kind has no fixed number of latents per row.
-        """
-        if self.kind != "topk" or not self.k:
-            raise InterpError(
-                f"encode_sparse needs the same number of latents in every row, which {self.kind!r} does not "
-                "have; use encode, or a dictionary of kind 'topk'."
-            )
-        values, ids = self.pre_activations(x).topk(self.k, dim=-1)
-        return ids, values.relu()
+    def has_unit_rows(self) -> bool:
+        """Whether all decoder rows are unit rows; one of zeros, which no length would change, counts as one."""
+        norms = self.W_dec.detach().norm(dim=1)
+        return bool((((norms - 1).abs() < UNIT) | (norms == 0)).all())
 
     def decode(self, acts: Float[Tensor, "*row width"]) -> Float[Tensor, "*row d_out"]:
         """acts W_dec + b_dec."""
@@ -150,7 +138,7 @@ class Dictionary(nn.Module):
             InterpError: a topk dictionary with rows that are not unit; folding would change which are kept.
         """
         norms = self.W_dec.norm(dim=1)
-        unit = bool(((norms - 1).abs() < UNIT).all())
+        unit = self.has_unit_rows()
         if self.kind == "topk" and not unit:
             raise InterpError(
                 "The decoder rows of this topk dictionary are not unit; folding their norms into the encoder "
@@ -181,7 +169,16 @@ class Dictionary(nn.Module):
         target_mean: Float[Tensor, " d_out"] | None = None,
         target_scale: float | None = None,
     ) -> Dictionary:
-        """Remember what was taken from activations before training; the target's default to the input's."""
+        """Remember what was taken from activations before training; the target's default to the input's.
+
+        Raises:
+            InterpError: a scale that is not above 0 and finite.
+        """
+        for factor in (scale, scale if target_scale is None else target_scale):
+            if not 0 < factor < math.inf:
+                raise InterpError(
+                    f"A scale of {factor} is no unit; give a factor above 0, such as a store's `scale`."
+                )
         self.mean.copy_(mean)
         self.scale.fill_(scale)
         self.target_mean.copy_(mean if target_mean is None else target_mean)
@@ -204,11 +201,13 @@ class Dictionary(nn.Module):
         (self.thresholds if self.kind == "jumprelu" else self._threshold).copy_(threshold)
 
 
-def _check(kind: str, d_in: int, width: int, k: int | None) -> None:
+def _check(kind: str, d_in: int, width: int, d_out: int, k: int | None) -> None:
     if kind not in get_args(Kind):
         raise InterpError(f"There is no kind of dictionary {kind!r}.{nearest(str(kind), get_args(Kind))}")
-    if d_in < 1 or width < 1:
-        raise InterpError(f"A dictionary needs d_in and width of at least 1, not {d_in} and {width}.")
+    if min(d_in, width, d_out) < 1:
+        raise InterpError(
+            f"A dictionary needs d_in, width and d_out of at least 1, not {d_in}, {width} and {d_out}."
+        )
     needs_k = kind in ("topk", "batchtopk")
     if needs_k and k is None:
         raise InterpError(f"A dictionary of kind {kind!r} needs k, the number of latents per row.")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from interp_utils.dictionaries.dictionary import Dictionary, Kind
-from interp_utils.dictionaries.files import replace
+from interp_utils.dictionaries.files import readable, replace
 from interp_utils.errors import InterpError
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -21,7 +21,7 @@ ARCHITECTURES: dict[str, Kind] = {"standard": "relu", "topk": "topk", "jumprelu"
 
 
 def to_saelens(
-    folder: Path,
+    folder: str | Path,
     dictionary: Dictionary,
     *,
     model_name: str,
@@ -43,7 +43,7 @@ def to_saelens(
     """
     if dictionary.transcoder:
         raise InterpError("A transcoder has no SAELens form here; only autoencoders are exported.")
-    raw = dictionary.raw()
+    folder, raw = Path(folder), dictionary.raw()
     tensors = {
         "W_enc": raw.W_enc.detach().T.contiguous(),
         "b_enc": raw.b_enc.detach(),
@@ -72,14 +72,13 @@ def to_saelens(
     elif config["architecture"] == "jumprelu":
         tensors["threshold"] = raw.threshold.detach().expand(raw.width).contiguous()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
         replace(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=1) + "\n"))
     except (OSError, SafetensorError) as error:
         raise InterpError(f"The dictionary could not be written to {folder} ({error}).") from None
 
 
-def from_saelens(folder: Path) -> Dictionary:
+def from_saelens(folder: str | Path) -> Dictionary:
     """Read what SAELens 6 saved: "standard", "topk" or "jumprelu" (its form of BatchTopK too).
 
     A decoder bias that SAELens takes from the input is folded into b_enc, decoder norms that it divides by into
@@ -88,29 +87,26 @@ def from_saelens(folder: Path) -> Dictionary:
     Raises:
         InterpError: a file is missing or damaged, another architecture, or an option with no equal here.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InterpError(
-            f"In {folder} there is no readable {CONFIG} with {WEIGHTS} ({error}); save the SAE with SAELens 6."
-        ) from None
-    _check_config(folder, config)
-    kind = ARCHITECTURES[config["architecture"]]
-    W_enc, W_dec = tensors["W_enc"].float().T, tensors["W_dec"].float()
-    b_enc, b_dec = tensors["b_enc"].float(), tensors["b_dec"].float()
-    if config.get("apply_b_dec_to_input", True):
-        b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).float()
-    if config.get("rescale_acts_by_decoder_norm", False):
-        norms = W_dec.norm(dim=1)
-        W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
-    parts = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    return _filled(
-        kind, parts, k=config.get("k") if kind == "topk" else None, threshold=tensors.get("threshold")
-    )
+    folder = Path(folder)
+    with readable(f"{folder / CONFIG} with {WEIGHTS}", "save the SAE with SAELens 6"):
+        config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+        _check_config(config)
+        kind = ARCHITECTURES[config["architecture"]]
+        W_enc, W_dec = tensors["W_enc"].float().mT, tensors["W_dec"].float()
+        b_enc, b_dec = tensors["b_enc"].float(), tensors["b_dec"].float()
+        if config.get("apply_b_dec_to_input", True):
+            b_enc = (b_enc.double() - W_enc.double() @ b_dec.double()).float()
+        if config.get("rescale_acts_by_decoder_norm", False):
+            norms = W_dec.norm(dim=1)
+            W_enc, b_enc = W_enc * norms[:, None], b_enc * norms
+            W_dec = W_dec / norms.where(norms > 0, 1)[:, None]  # a row of zeros stays one
+        parts = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
+        return _filled(
+            kind, parts, k=config["k"] if kind == "topk" else None, threshold=tensors.get("threshold")
+        )
 
 
-def from_gemma_scope(file: Path, *, transcoder: bool = False) -> Dictionary:
+def from_gemma_scope(file: str | Path, *, transcoder: bool = False) -> Dictionary:
     """Read a `params.safetensors` of Gemma Scope 2: JumpReLU, on activations as the model has them.
 
     Args:
@@ -120,30 +116,33 @@ def from_gemma_scope(file: Path, *, transcoder: bool = False) -> Dictionary:
     Raises:
         InterpError: the file is missing or damaged, or holds anything else, such as an affine skip connection.
     """
-    try:
+    with readable(str(file), "download it again"):
         tensors = {name.lower(): tensor for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise InterpError(f"{file} cannot be read ({error}); download it again.") from None
-    expected = {"w_enc", "b_enc", "w_dec", "b_dec", "threshold"}
-    if set(tensors) != expected:
-        raise InterpError(f"{file} holds {sorted(tensors)}, but {sorted(expected)} are needed.")
-    parts = {"W_enc": tensors["w_enc"].T, "b_enc": tensors["b_enc"]}
-    parts |= {"W_dec": tensors["w_dec"], "b_dec": tensors["b_dec"]}
-    return _filled("jumprelu", parts, threshold=tensors["threshold"], transcoder=transcoder)
+        expected = {"w_enc", "b_enc", "w_dec", "b_dec", "threshold"}
+        if set(tensors) != expected:
+            raise InterpError(f"It holds {sorted(tensors)}, but {sorted(expected)} are needed.")
+        parts = {"W_enc": tensors["w_enc"].mT, "b_enc": tensors["b_enc"]}
+        parts |= {"W_dec": tensors["w_dec"], "b_dec": tensors["b_dec"]}
+        return _filled("jumprelu", parts, threshold=tensors["threshold"], transcoder=transcoder)
 
 
-def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    version = str(config.get("metadata", {}).get("sae_lens_version", "0"))
+def _check_config(config: dict[str, Any]) -> None:
+    version = str((config.get("metadata") or {}).get("sae_lens_version", "0"))
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
-        raise InterpError(f"{folder} was saved before SAELens 6; load and save it with SAELens 6 first.")
+        raise InterpError("It was saved before SAELens 6; load and save it with SAELens 6 first.")
+    if config.get("architecture") == "batchtopk":
+        raise InterpError(
+            "A batchtopk SAE in the form of its training is not read; save it with SAELens's "
+            "`save_inference_model`, which makes it a jumprelu one."
+        )
     if config.get("architecture") not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise InterpError(
-            f"{folder} has the architecture {config.get('architecture')!r}, but only {known} are read."
+            f"It has the architecture {config.get('architecture')!r}, but only {known} are read."
         )
     for option in ("normalize_activations", "reshape_activations"):
         if config.get(option, "none") != "none":
-            raise InterpError(f"{folder} has {option} {config[option]!r}, for which there is no equal here.")
+            raise InterpError(f"It has {option} {config[option]!r}, for which there is no equal here.")
 
 
 @torch.no_grad()

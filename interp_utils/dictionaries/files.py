@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from interp_utils.records import file_hash
 FILE, CARD = "dictionary.safetensors", "card.json"
 LARGEST = 127
 MATRICES = ("W_enc", "W_dec")
+# What reading a file that is no safetensors, no JSON or not ours raises.
+BROKEN = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
-def save(folder: Path, dictionary: Dictionary, card: dict[str, Any]) -> None:
+def save(folder: str | Path, dictionary: Dictionary, card: dict[str, Any]) -> None:
     """Write `dictionary.safetensors` and `card.json`; about 2 * width * d bytes.
 
     Each row of both matrices becomes int8 times a fp16 scale times the matrix's float32 `unit`, which keeps the
@@ -35,13 +38,13 @@ def save(folder: Path, dictionary: Dictionary, card: dict[str, Any]) -> None:
     Raises:
         InterpError: weights that are not finite, or a folder that cannot be written.
     """
+    folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     for name, tensor in dictionary.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InterpError(f"{name} of the dictionary is not finite; train it again before saving it.")
         tensors |= _quantised(name, tensor) if name in MATRICES else {name: tensor.float().contiguous()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         replace(folder / FILE, lambda path: save_file(tensors, path))
         whole = {**card, "dictionary": _shape(dictionary), "sha256": file_hash(folder / FILE)}
         text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
@@ -57,26 +60,24 @@ def load(source: str | Path) -> tuple[Dictionary, dict[str, Any]]:
         source: a folder, or the name of one of the shipped below `data/artifacts/`.
 
     Raises:
-        InterpError: no such folder or artifact, or a file whose hash is not the card's.
+        InterpError: no such folder or artifact, a card that cannot be read, or a file whose hash is not the
+            card's.
     """
     file, about = _find(source)
-    card = json.loads(about.read_text())
-    if file_hash(file) != card.get("sha256"):
-        raise InterpError(
-            f"{file} does not have the hash of its card; restore both from where they came or train again."
-        )
-    shape, tensors = card["dictionary"], load_file(file)
-    dictionary = Dictionary(
-        shape["kind"],
-        shape["d_in"],
-        shape["width"],
-        shape["d_out"] if shape["transcoder"] else None,
-        shape["k"],
-    )
-    state = {name: _restored(name, tensors) for name in dictionary.state_dict()}
-    if shape["unit_rows"]:
-        state["W_dec"] = torch.nn.functional.normalize(state["W_dec"])
-    dictionary.load_state_dict(state)
+    advice = "restore both from where they came or train again"
+    with readable(f"The card {about}", advice):
+        card = json.loads(about.read_text())
+        expected, shape = card["sha256"], card["dictionary"]
+    if file_hash(file) != expected:
+        raise InterpError(f"{file} does not have the hash of its card; {advice}.")
+    with readable(f"{file} with its card", advice):
+        d_out = shape["d_out"] if shape["transcoder"] else None
+        dictionary = Dictionary(shape["kind"], shape["d_in"], shape["width"], d_out, shape["k"])
+        tensors = load_file(file)
+        state = {name: _restored(name, tensors) for name in dictionary.state_dict()}
+        if shape["unit_rows"]:
+            state["W_dec"] = torch.nn.functional.normalize(state["W_dec"])
+        dictionary.load_state_dict(state)
     return dictionary, card
 
 
@@ -95,10 +96,8 @@ def _find(source: str | Path) -> tuple[Path, Path]:
 
 def _shape(dictionary: Dictionary) -> dict[str, Any]:
     names = ("kind", "d_in", "d_out", "width", "k", "transcoder")
-    norms = dictionary.W_dec.detach().norm(dim=1)
-    return {name: getattr(dictionary, name) for name in names} | {
-        "unit_rows": bool(((norms - 1).abs() < 1e-5).all())
-    }
+    shape = {name: getattr(dictionary, name) for name in names}
+    return shape | {"unit_rows": dictionary.has_unit_rows()}
 
 
 def _quantised(name: str, matrix: Tensor) -> dict[str, Tensor]:
@@ -117,10 +116,32 @@ def _restored(name: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `path`, then rename it, so that there is never half a file."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file beside `path`, then rename it, so that there is never half a file.
+
+    What a process that was killed while writing the same file left beside it is removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = f".{path.name}."
+    for left in path.parent.iterdir():
+        if left.name.startswith(hidden) and left.name.removeprefix(hidden).isdigit():
+            left.unlink(missing_ok=True)
+    scratch = path.with_name(f"{hidden}{os.getpid()}")
     try:
         write(scratch)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def readable(what: str, advice: str) -> Iterator[None]:
+    """Whatever goes wrong while a file is read, from no such file to a foreign one, in one sentence."""
+    try:
+        yield
+    except InterpError as error:
+        raise InterpError(f"{what}: {error}") from None
+    except BROKEN as error:
+        problem = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InterpError(f"{what} is missing, damaged or of another form ({problem}); {advice}.") from None

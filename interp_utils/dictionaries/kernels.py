@@ -22,7 +22,9 @@ CHUNK = 256  # rows searched at a time: their pre-activations stay in the second
 BUFFER = 1 << 23  # pre-activations computed at a time
 GROUP = 8  # latents whose maximum stands for them
 SLACK_BITS = 2  # units in the last place of a bfloat16 by which a candidate may fall short
-MARGIN = 2.0**-7  # of a latent's encoder norm: about five standard errors of a bfloat16 product
+# Of a latent's encoder norm, added where a bfloat16 product screens: 3.3 times the standard deviation of its error
+# near the floor, on 8,192 real rows (Gemma 3 270M, middle layer), where it lost 2 in 265,000 active pairs at most.
+MARGIN = 2.0**-7
 
 
 def fast_screen() -> Screen:
@@ -62,8 +64,8 @@ def top_candidates(
     """The positive ones among the k largest pre-activations of every row, and a few that come close.
 
     The k-th largest of the maxima of `GROUP` latents each is at most the k-th largest of all. Pre-activations
-    are compared by their bits, whose order as whole numbers is that of positive floats. A screen may lose what is
-    within its rounding error of zero.
+    are compared by their bits, whose order as whole numbers is that of positive floats. With a screen the last
+    candidates may be others than in float32, and what is within its rounding error of zero may be lost.
     """
     width = len(W_enc)
     group = next(g for g in (GROUP, 4, 2, 1) if width % g == 0 and width // g >= k)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_utils.dictionaries.batches import as_pair, tensors_of
 from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.errors import InterpError
 
 CHUNK = 1024  # rows encoded at a time
+CONSTANT = 1e-12  # share of sum ||y||^2 below which the spread is a rounding error
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums run over all rows in float64, ||.|| over d_out; ratios are of sums, never means of ratios.
+    """Sums run over all rows in float64, ||.|| over d_out; ratios are of sums, but the cosine is a mean over rows.
+
+    A ratio whose denominator is zero is NaN: the explained variance of a constant target, every ratio of zeros.
 
     Attributes:
         rows: how many; also the window in which a latent counts as dead.
@@ -46,30 +51,33 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(dictionary: Dictionary, batches: Iterable[Any], *, without: Sequence[int] = ()) -> Evaluation:
+def evaluate(dictionary: Dictionary, batches: Any, *, without: Sequence[int] = ()) -> Evaluation:
     """Encode and decode every batch and compare with the target.
 
     Args:
         dictionary: any.
         batches: tensors "row d_in", or pairs (input, target), in the dictionary's units (a store's `batches`
-            from held-out text); one tensor is also taken.
+            from held-out text); one tensor is also taken, and a tuple of two is one pair. A transcoder needs
+            pairs.
         without: dimensions of the target left out of every comparison, such as the massive ones.
 
     Raises:
-        InterpError: there is no row, or a batch has another width.
+        InterpError: there is no row, or a batch is no tensor or pair, has another width or is not finite.
     """
     kept = torch.ones(dictionary.d_out, dtype=torch.bool)
     kept[list(without)] = False
     counts = torch.zeros(dictionary.width, dtype=torch.int64)
     total, sums = torch.zeros(int(kept.sum()), dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     rows = 0
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
-        x, y = (batch, batch) if isinstance(batch, Tensor) else (batch[0], batch[-1])
-        if x.shape[-1] != dictionary.d_in or y.shape[-1] != dictionary.d_out:
-            raise InterpError(
-                f"The data is {x.shape[-1]} wide and its target {y.shape[-1]}, but the dictionary maps "
-                f"{dictionary.d_in} to {dictionary.d_out}; read it from the same site of the same model."
-            )
+    if one := tensors_of(batches):
+        batches = [one]
+    if not isinstance(batches, Iterable):
+        raise InterpError(
+            f"Data of type {type(batches).__name__} cannot be evaluated on; give a tensor, a pair of them, or the "
+            "batches of a store."
+        )
+    for number, batch in enumerate(batches):
+        x, y = as_pair(batch, dictionary, "the data" if one else f"batch {number}")
         for own, target in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             acts = dictionary.encode(own)
             counts += (acts > 0).sum(0)
@@ -84,13 +92,17 @@ def evaluate(dictionary: Dictionary, batches: Iterable[Any], *, without: Sequenc
     return Evaluation(
         rows=rows,
         l0=float(counts.sum()) / rows,
-        explained_variance=1 - error / about_mean,
-        normalised_mse=error / square,
+        explained_variance=1 - _ratio(error, about_mean if about_mean > CONSTANT * square else 0.0),
+        normalised_mse=_ratio(error, square),
         cosine=cosine / rows,
-        norm_ratio=found_norm / norm,
+        norm_ratio=_ratio(found_norm, norm),
         dead_share=float((counts == 0).double().mean()),
         density=(counts / rows).float(),
     )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def _sums(y: Tensor, y_hat: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,6 +29,19 @@ class Ranks:
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def gather(self, one: Any) -> list[Any]:
+        """What each process has, in the order of their numbers."""
+        everyone = [one] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, one)
+        return everyone
+
+    def copy_first(self, *tensors: Tensor) -> None:
+        """Replace each tensor by the first process's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def total(self, count: int) -> int:
         """The sum of a whole number over the processes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from interp_utils.activations import softcapped
 from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.errors import InterpError
-from interp_utils.sites import Site, blocks, check_site
+from interp_utils.sites import Site, blocks, check_site, forward_to
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -35,10 +35,12 @@ def ce_metrics(
 
     Replaced is what stands at every position but the first (the start token) and outliers, rows whose norm
     exceeds 6 medians. Scored are the tokens predicted from those positions on, all but the first two of each
-    window. With CE the mean of -ln p(next token), in nats:
+    window. The median, and the mean for mean ablation, are those of all the windows, from one more run of the
+    model as it is, so that neither depends on the order of the batches or on the dictionary's units. With CE the
+    mean of -ln p(next token), in nats:
         ce: the model as it is.
         ce_spliced: the state replaced by the dictionary's output, brought back to the model's units.
-        ce_mean_ablated, ce_zero_ablated: replaced by the target's mean (`dictionary.target_mean`), by zeros.
+        ce_mean_ablated, ce_zero_ablated: replaced by the mean of what is replaced, by zeros.
         ce_increase: ce_spliced - ce.
         recovered_mean: (ce_mean_ablated - ce_spliced) / (ce_mean_ablated - ce); recovered_zero likewise. Zeros
             break a residual stream, so that the latter is near 1 for almost any dictionary.
@@ -52,23 +54,22 @@ def ce_metrics(
         site: of the input, such as "resid_post.9". A transcoder at "mlp_in.9" replaces "mlp_out.9".
 
     Raises:
-        InterpError: no window of at least three tokens, no such site, or another width.
+        InterpError: no window of at least three tokens, no such site, another width, or a transcoder at a site
+            that is not "mlp_in".
     """
     place = check_site(model, site)
     usable = [list(map(int, window)) for window in windows if len(window) > 2]
     if not usable:
         raise InterpError("There is no window of at least three tokens; give windows of token ids.")
-    splice = _Splice(model, dictionary, place)
+    batches = [_padded(usable[start : start + batch_size]) for start in range(0, len(usable), batch_size)]
     sums = dict.fromkeys((*RUNS, "kl"), 0.0)
-    scored = 0
     with torch.inference_mode():
-        for start in range(0, len(usable), batch_size):
-            rows = usable[start : start + batch_size]
-            ids, counted = _padded(rows)
-            states = {run: splice.run(run, ids, counted) for run in RUNS}
+        splice = _Splice(model, dictionary, place, batches)
+        for (ids, counted), chosen in zip(batches, splice.chosen, strict=True):
+            states = {run: splice.run(run, ids, chosen) for run in RUNS}
             for run, value in _scores(model, states, ids, counted).items():
                 sums[run] += value
-            scored += int(counted[:, 2:].sum())
+    scored = sum(int(counted[:, 2:].sum()) for _, counted in batches)
     means = {name: value / scored for name, value in sums.items()}
     ce, spliced, mean, zero = (means[run] for run in RUNS)
     return {
@@ -81,25 +82,66 @@ def ce_metrics(
         "recovered_zero": (zero - spliced) / (zero - ce),
         "kl": means["kl"],
         "tokens": scored,
-        "replaced_share": splice.replaced / splice.seen,
+        "replaced_share": splice.share,
     }
 
 
 class _Splice:
-    """Runs of the model with the target site replaced; counts what it replaces in the spliced ones."""
+    """Runs of the model with some rows of the target site replaced.
 
-    def __init__(self, model: TransformersModel, dictionary: Dictionary, place: Site) -> None:
-        self.body, self.dictionary = model._module.base_model, dictionary
-        self.source = place
+    Attributes:
+        chosen: of each batch, "batch pos", the positions that are replaced.
+        share: of the rows after the first that are.
+        mean: "d_out", of what the model has at the target there.
+
+    Raises:
+        InterpError: a transcoder that does not read the MLP's input, or another width.
+    """
+
+    def __init__(
+        self,
+        model: TransformersModel,
+        dictionary: Dictionary,
+        place: Site,
+        batches: Sequence[tuple[Tensor, Tensor]],
+    ) -> None:
+        if dictionary.transcoder and place.kind != "mlp_in":
+            raise InterpError(
+                f"A transcoder stands in for an MLP and reads its input, not {place}; "
+                f"name the site 'mlp_in.{place.layer}'."
+            )
+        self.body, self.dictionary, self.source = model._module.base_model, dictionary, place
         self.target = Site("mlp_out", place.layer) if dictionary.transcoder else place
-        self.limit: float | None = None  # of the norm at the source
-        self.replaced = self.seen = 0
+        norms, rows = self._clean(batches)
+        limit = OUTLIER * float(torch.cat([n[n.isfinite()] for n in norms]).median())
+        self.chosen = [n <= limit for n in norms]
+        kept = torch.cat([row[c] for row, c in zip(rows, self.chosen, strict=True)])
+        self.share = len(kept) / sum(int(n.isfinite().sum()) for n in norms)
+        self.mean = kept.mean(0, dtype=torch.float64)
+
+    def _clean(self, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of each batch the norms at the source, infinite where no row counts, and the states at the target."""
+        sites = list(dict.fromkeys((self.source, self.target)))
+        wanted = ((self.source, self.dictionary.d_in, "reads"), (self.target, self.dictionary.d_out, "gives"))
+        norms, rows = [], []
+        for ids, counted in batches:
+            states = forward_to(self.body, sites, ids)
+            for site, width, verb in wanted:
+                if states[site].shape[-1] != width:
+                    raise InterpError(
+                        f"Rows at {site} are {states[site].shape[-1]} wide but the dictionary {verb} {width}."
+                    )
+            after_first = counted.clone()
+            after_first[:, 0] = False
+            norms.append(states[self.source].float().norm(dim=-1).masked_fill(~after_first, torch.inf))
+            rows.append(states[self.target])
+        return norms, rows
 
     def run(
-        self, what: str, ids: Int[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"]
+        self, what: str, ids: Int[Tensor, "batch pos"], chosen: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """Final hidden states."""
-        inputs: list[Tensor] = []
+        apart, inputs = self.source != self.target, []
 
         def source(value: Tensor) -> None:
             inputs.append(value)
@@ -107,37 +149,18 @@ class _Splice:
         def target(value: Tensor) -> Tensor | None:
             if what == "clean":
                 return None
-            x = inputs[0] if inputs else value
-            chosen = self._chosen(x, counted, what)
-            new = self._new(what, x[chosen]).to(value.dtype)
-            return value.clone().index_put_((chosen,), new)
+            new = self._new(what, (inputs[0] if apart else value)[chosen])
+            return value.clone().index_put_((chosen,), new.to(value.dtype))
 
-        apart = self.source != self.target
         with _hooked(self.body, self.source, source, apart), _hooked(self.body, self.target, target, True):
             return self.body(input_ids=ids, use_cache=False).last_hidden_state
-
-    def _chosen(self, x: Tensor, counted: Tensor, what: str) -> Bool[Tensor, "batch pos"]:
-        if x.shape[-1] != self.dictionary.d_in:
-            raise InterpError(
-                f"Rows at {self.source} are {x.shape[-1]} wide but the dictionary reads {self.dictionary.d_in}."
-            )
-        norms = x.float().norm(dim=-1)
-        after_first = counted.clone()
-        after_first[:, 0] = False
-        if self.limit is None:
-            self.limit = OUTLIER * float(norms[after_first].median())
-        chosen = after_first & (norms <= self.limit)
-        if what == "spliced":
-            self.replaced += int(chosen.sum())
-            self.seen += int(after_first.sum())
-        return chosen
 
     def _new(self, what: str, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
         dictionary = self.dictionary
         if what == "zero":
             return x.new_zeros(len(x), dictionary.d_out)
         if what == "mean":
-            return dictionary.target_mean.expand(len(x), -1)
+            return self.mean.expand(len(x), -1)
         y_hat = dictionary((x.float() - dictionary.mean) * dictionary.scale)
         return y_hat / dictionary.target_scale + dictionary.target_mean
 

@@ -15,8 +15,15 @@ from tqdm.auto import tqdm
 
 from interp_utils.dictionaries import steps
 from interp_utils.dictionaries.adam import Adam, unit_rows, without_radial
-from interp_utils.dictionaries.batches import Batches, checked, remember_units, source
-from interp_utils.dictionaries.checkpoints import Saved, restore, store
+from interp_utils.dictionaries.batches import (
+    Batches,
+    check_data,
+    checked,
+    fingerprint,
+    remember_units,
+    source,
+)
+from interp_utils.dictionaries.checkpoints import Saved, resume, store
 from interp_utils.dictionaries.config import TrainConfig
 from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.dictionaries.parallel import Ranks
@@ -118,7 +125,7 @@ def train(
     data: Batches,
     config: TrainConfig,
     *,
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     progress: bool = True,
     on_step: OnStep | None = None,
@@ -129,15 +136,17 @@ def train(
     rows: the gradient along a row is taken out before clipping and the rows are renormalised after the step, as
     sparsify and dictionary_learning do; not for transcoders, whose decoder starts at zero. There is no random
     draw in training, and batch s is a function of (seed, s), so a run that is stopped and called again with the
-    same arguments ends in the same bits. Under `torchrun` every process computes its share of each batch.
+    same arguments ends in the same bits, on the same machine with the same number of threads. Under `torchrun`
+    every process computes its share of each batch and begins with the first one's state.
 
     Args:
         dictionary: from `Dictionary.create`.
         data: an activation store, whose mean and scale the dictionary then remembers; a tensor "row d" (or two,
             input and target); or a function from the first step's number to an iterator over batches, each a
-            tensor or such a pair, of this process's rows.
+            tensor or such a pair, of this process's rows. A transcoder needs pairs.
         config: see `TrainConfig`.
-        checkpoint: a file to resume from and to write to every `checkpoint_seconds` and at the end.
+        checkpoint: a file to resume from and to write to every `checkpoint_seconds` and at the end; only the
+            first process reads and writes it. It knows a store or tensors again, but not a function.
         progress: show a bar.
         on_step: called after each step with its number (from 1), the dictionary and what the step computed.
 
@@ -146,13 +155,15 @@ def train(
         l0, dead_share, lr, seconds since the start.
 
     Raises:
-        InterpError: rows of another width, NaN or constant activations, too little data, a checkpoint of another
-            dictionary or configuration, a loss that is not finite.
+        InterpError: data of another type, rows of another width, NaN or constant activations, too little data, a
+            checkpoint of another dictionary, configuration or data, a loss that is not finite.
     """
-    remember_units(dictionary, data, config)
     run = _Run(dictionary, config)
-    saved = Saved(dictionary, run.adam, run.silent, run.plan)
-    if checkpoint is not None and (state := restore(checkpoint, saved)):
+    check_data(data, config, run.ranks)
+    remember_units(dictionary, data, config)
+    saved = Saved(dictionary, run.adam, run.silent, run.plan, fingerprint(data))
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if state := resume(checkpoint, saved, run.ranks):
         run.step, run.last_l0, run.sums, run.log, run.seconds = (
             state[name] for name in ("step", "last_l0", "sums", "log", "seconds")
         )
