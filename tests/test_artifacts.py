@@ -111,16 +111,24 @@ def test_an_unknown_artifact_is_refused() -> None:
         artifacts.main(["sae-l1-511"])
 
 
-@pytest.mark.model
-@pytest.mark.parametrize("name", [name for name in SAES if find_data(f"artifacts/{name}/card.json")])
-def test_shipped_dictionaries_do_what_their_cards_say(gemma: Any, name: str) -> None:
-    """On other windows than the card's: the model's loss recovers as said, give or take the text."""
+SHIPPED = [name for name in SAES if find_data(f"artifacts/{name}/card.json")]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_dictionaries_load(name: str) -> None:
     sae, card = load(name)
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.width), rtol=0, atol=1e-2)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(sae.width), rtol=0, atol=1e-5)
+    assert sae.normalised().kind == SAES[name].kind and card["tokens"] > 2e6
+
+
+@pytest.mark.model
+def test_a_shipped_dictionary_does_what_its_card_says(gemma: Any) -> None:
+    """On other windows than the card's: the model's loss recovers as said, give or take the text."""
+    sae, card = load("sae-batchtopk-8192")
     assert card["data"]["weights"] == gemma.info.weights
     held_out = {source: split_documents(load_corpus(source))[1] for source in MIX}
-    drawn = draw_windows(gemma, held_out, {n: 5 * share for n, share in MIX.items()}, context=128, seed=0)
+    drawn = draw_windows(gemma, held_out, {n: 3 * share for n, share in MIX.items()}, context=128, seed=0)
     windows = [[start_token(gemma), *map(int, window.ids)] for window in drawn]
     found = ce_metrics(gemma, sae, windows, card["data"]["sites"][0])
-    assert found["recovered_mean"] == pytest.approx(card["spliced"]["recovered_mean"], abs=0.15)
+    assert found["recovered_mean"] == pytest.approx(card["spliced"]["recovered_mean"], abs=0.1)
     assert found["recovered_zero"] > found["recovered_mean"]

@@ -21,7 +21,11 @@ def definitions(stem: str, *names: str, **given: Any) -> SimpleNamespace:
         for node in ast.parse(cell.source).body:
             own = {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
             if isinstance(node, ast.Assign):
-                own = {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+                own = {
+                    name.id
+                    for name in ast.walk(node)
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+                }
             if own & set(names):
                 wanted.append(node)
                 found |= own & set(names)

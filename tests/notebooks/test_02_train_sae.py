@@ -67,7 +67,9 @@ def test_a_dictionary_is_its_own_partner_and_a_rotated_one_is_not() -> None:
     order = torch.randperm(12)
     other = sae("batchtopk", k=3)
     other.W_enc.data, other.W_dec.data = one.W_enc[order], one.W_dec[order]
-    torch.testing.assert_close(torch.tensor(own.partners(one, other).to_numpy()), torch.ones(12, 2), check_dtype=False)
+    torch.testing.assert_close(
+        torch.tensor(own.partners(one, other).to_numpy()), torch.ones(12, 2), check_dtype=False
+    )
     turned = own.rotated(one)
     torch.testing.assert_close(turned.W_dec @ turned.W_dec.T, one.W_dec @ one.W_dec.T)
     assert own.partners(one, turned).decoder.mean() < 0.9
