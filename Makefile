@@ -4,7 +4,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 # The version of torch that `make lock` writes, whatever the newest is.
 TORCH ?= 2.13.0
-# Optional: NOTEBOOKS="00 09"  MODEL=name  PROFILE=quick|full  RESUME=1  NB=09  PYTEST_ARGS="-k claims"
+# Optional: NOTEBOOKS="00 09"  MODEL=name  PROFILE=quick|full  RESUME=1  NB=09  NAMES="sae-l1-512"  PYTEST_ARGS="-k claims"
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -70,9 +70,8 @@ format: $(STAMP) ## Format code and notebooks, strip outputs, renew badges and i
 report: $(STAMP) ## Rebuild build/index.html from the notebooks that were executed last
 	$(BIN)/python -m interp_utils.report
 
-artifacts: ## Retrain the weights in data/artifacts
-	@if [ -z "$$(ls -A data/artifacts 2>/dev/null)" ]; then echo "No trained artifacts are registered in data/artifacts yet."; \
-	  else echo "data/artifacts is not empty, and this target does not know how to retrain what it holds." >&2; exit 1; fi
+artifacts: $(STAMP) ## Retrain the weights in data/artifacts from nothing; a stopped run goes on
+	$(BIN)/python -m interp_utils.artifacts $(NAMES)
 
 bench: $(STAMP) ## Run every benchmark
 	@$(if $(BENCHMARKS),,echo "There are no benchmarks yet.")

@@ -44,6 +44,7 @@ def claim(
     ci: Sequence[float] | None = None,
     control: float | None = None,
     live: bool = True,
+    from_record: bool = False,
     n: int | None = None,
 ) -> dict[str, Any]:
     """Judge a measured value by the registered rule, display it as one row and return the row.
@@ -55,6 +56,7 @@ def claim(
         ci: 95 % interval (low, high) that holds the value; none for an exact quantity.
         control: the same quantity under the registered control.
         live: False for a value of the full study, which is not compared with the record but may become it.
+        from_record: the value was computed from the recorded table, of which only a sample was run again.
         n: the number of cases behind the value.
 
     Raises:
@@ -86,6 +88,7 @@ def claim(
         "verdict": verdict(spec.rule, value, (low, high)),
         "predicted": spec.predicted,
         "live": live,
+        "from_record": from_record,
         "recorded": recorded,
         "contradicted": bool(live and recorded and contradicts(recorded, (low, high))),
     }
@@ -139,7 +142,7 @@ def _show(row: Mapping[str, Any], quantity: str) -> None:
     cells = {
         "Claim": row["claim"],
         "Published": row["published"],
-        "Here, live" if row["live"] else "Here, full study": _measured(row),
+        _basis(row): _measured(row),
         "Control": row["control"],
         "Recorded": _measured(recorded) if recorded else None,
         "Verdict": _verdict_text(row),
@@ -158,7 +161,14 @@ def _verdict_text(row: Mapping[str, Any]) -> str:
     """The full study's verdict where there is one, since a small live sample decides less."""
     recorded, live = row["recorded"] if row["live"] else None, row["verdict"]
     alarm = ", but contradicts the record" if row["contradicted"] else ""
-    return f"{recorded['verdict']} (live sample: {live}{alarm})" if recorded else live
+    basis = "from its table" if row["from_record"] else "live sample"
+    return f"{recorded['verdict']} ({basis}: {live}{alarm})" if recorded else live
+
+
+def _basis(row: Mapping[str, Any]) -> str:
+    if not row["live"]:
+        return "Here, full study"
+    return "Here, from the recorded table" if row["from_record"] else "Here, live"
 
 
 def _measured(row: Mapping[str, Any]) -> str:

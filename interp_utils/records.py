@@ -33,6 +33,22 @@ NEAR_TIE = 1e-3  # logits; below this gap another batch shape may choose the oth
 DECIDING = (
     *("weights", "models", "activations", "interventions", "shared_prefix", "greedy", "candidates"),
     *("quintuplet", "cell_measures", "patchscopes", "corpora", "facts"),
+    *(
+        "wikitext",
+        "windows",
+        "sites",
+        "shards",
+        "recorder",
+        "harvest",
+        "activation_store",
+        "artifacts",
+        "controls",
+    ),
+    *(
+        f"dictionaries/{m}"
+        for m in ("adam", "batches", "config", "dictionary", "kernels", "metrics", "splice")
+    ),
+    *(f"dictionaries/{m}" for m in ("files", "steps", "train")),
 )
 
 

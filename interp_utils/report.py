@@ -138,13 +138,15 @@ def _claim_cells(row: dict[str, Any]) -> list[str]:
     link = f'<a href="{text.get("notebook", "")}.html">{text.get("id", "")}</a>'
     recorded = row.get("recorded") if row.get("live", True) else None
     study = recorded or row  # a small live sample decides less than the full study
-    live = f"<small>live sample: {text.get('verdict', '')}</small>" if recorded else ""
+    basis = "from its table" if row.get("from_record") else "live sample"
+    live = f"<small>{basis}: {text.get('verdict', '')}</small>" if recorded else ""
+    note = "<small>from the recorded table; a sample was run again</small>" if row.get("from_record") else ""
     predicted = f"<small>predicted: {text.get('predicted', '')}</small>"
     return [
         f"{text.get('claim', '')}<small>{link}</small>",
         text.get("source", ""),
         text.get("published", ""),
-        f"{_measured(row)}<small>{text.get('model', '')}, {text.get('weights', '')}</small>",
+        f"{_measured(row)}{note}<small>{text.get('model', '')}, {text.get('weights', '')}</small>",
         _measured(row.get("recorded") or {}),
         f"{_number(row.get('control'))}<small>{text.get('control_description', '')}</small>",
         f"<b>{word(str(study.get('verdict')))}</b>{live}{predicted}{alarm}",

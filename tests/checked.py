@@ -23,7 +23,17 @@ NAMES = (
     "records",
     "seeds",
     "facts",
+    "wikitext",
     "corpora",
+    "windows",
+    "sites",
+    "shards",
+    "recorder",
+    "harvest",
+    "activation_store",
+    "dictionaries",
+    "controls",
+    "artifacts",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

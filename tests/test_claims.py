@@ -106,6 +106,16 @@ def test_contradiction_needs_disjoint_intervals() -> None:
     assert not contradicts({"ci": [0.0, 0.0]}, (0.0, 0.0))
 
 
+def test_a_value_from_the_recorded_table_does_not_pass_for_live(
+    folder: Path, shown: list[dict[str, Any]]
+) -> None:
+    row = claim("early-layers", 0.1, model=MODEL, ci=(0.05, 0.15), from_record=True)
+    assert row["from_record"] and "Here, live" not in shown[0]["text/html"]
+    assert "Here, from the recorded table" in shown[0]["text/html"]
+    claim("early-layers", 0.1, model=MODEL, ci=(0.05, 0.15))
+    assert "Here, live" in shown[1]["text/html"]
+
+
 def test_claim_returns_and_displays_its_row(folder: Path, shown: list[dict[str, Any]]) -> None:
     row = claim("early-layers", np.float32(1 / 3), model=MODEL, ci=(0.3, 0.4), control=-0.0, n=np.int64(80))
     assert row["value"] == 0.333333 and row["ci"] == [0.3, 0.4] and row["n"] == 80

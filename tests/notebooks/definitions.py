@@ -19,9 +19,13 @@ def definitions(stem: str, *names: str, **given: Any) -> SimpleNamespace:
         if cell.cell_type != "code" or "%pip" in cell.source:
             continue
         for node in ast.parse(cell.source).body:
-            own = {node.name} if isinstance(node, ast.FunctionDef) else set()
+            own = {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
             if isinstance(node, ast.Assign):
-                own = {target.id for target in node.targets if isinstance(target, ast.Name)}
+                own = {
+                    name.id
+                    for name in ast.walk(node)
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+                }
             if own & set(names):
                 wanted.append(node)
                 found |= own & set(names)
