@@ -13,12 +13,12 @@ from torch import Tensor
 from interp_utils.activations import softcapped
 from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.errors import InterpError
+from interp_utils.recorder import OUTLIER
 from interp_utils.sites import Site, blocks, check_site, forward_to
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
-OUTLIER = 6  # medians of the norm, as when activations are harvested
 TOKENS = 256  # whose logits are held at a time
 RUNS = ("clean", "spliced", "mean", "zero")
 
