@@ -23,6 +23,7 @@ NAMES = (
     "records",
     "seeds",
     "facts",
+    "word_lists",
     "wikitext",
     "corpora",
     "windows",
@@ -33,6 +34,8 @@ NAMES = (
     "activation_store",
     "dictionaries",
     "controls",
+    "steers",
+    "steering",
     "artifacts",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
