@@ -49,6 +49,8 @@ DECIDING = (
         for m in ("adam", "batches", "config", "dictionary", "kernels", "metrics", "splice")
     ),
     *(f"dictionaries/{m}" for m in ("files", "steps", "train")),
+    *(f"features/{m}" for m in ("activations", "detect", "index", "presence")),
+    *("word_lists", "concepts", "structure", "neurons", "steers", "steering"),
 )
 
 

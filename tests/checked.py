@@ -36,6 +36,13 @@ NAMES = (
     "controls",
     "steers",
     "steering",
+    "structure",
+    "concepts",
+    "neurons",
+    *(
+        f"features.{m}"
+        for m in ("activations", "index", "presence", "contexts", "effects", "excerpts", "cards")
+    ),
     "artifacts",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
