@@ -14,6 +14,7 @@ from interp_utils.activation_store import ActivationStore
 from interp_utils.artifacts import INDEXED
 from interp_utils.dictionaries import Dictionary
 from interp_utils.dictionaries.files import load_for, save
+from interp_utils.dictionaries.kernels import pairs_above
 from interp_utils.errors import InterpError
 from interp_utils.features import (
     FeatureIndex,
@@ -68,9 +69,20 @@ def test_one_pass_gives_what_the_encoder_gives(store: ActivationStore, kind: Any
     torch.testing.assert_close(torch.from_numpy(found.toarray()), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_the_screen_loses_next_to_nothing(store: ActivationStore, sae: Dictionary) -> None:
-    plain, screened = (sparse_activations(sae, store, screen=screen) for screen in (None, "bfloat16"))
-    lost = abs(plain - screened)
+def test_the_screen_loses_next_to_nothing(
+    store: ActivationStore, sae: Dictionary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = sparse_activations(sae, store, screen=None)
+    screens = []
+
+    def spy(*given: Any) -> Any:
+        screens.append(given[-1])
+        return pairs_above(*given)
+
+    monkeypatch.setattr("interp_utils.features.activations.fast_screen", lambda: "bfloat16")
+    monkeypatch.setattr("interp_utils.features.activations.pairs_above", spy)
+    lost = abs(plain - sparse_activations(sae, store, screen=True))
+    assert set(screens) == {"bfloat16"}
     assert lost.count_nonzero() <= 0.001 * plain.nnz and lost.max() < 0.6  # no larger than what barely fires
 
 

@@ -27,10 +27,11 @@ PROBABLE = 1e-3  # tokens less probable than this everywhere are not listed: the
 
 @torch.no_grad()
 def logit_weights(model: TransformersModel, dictionary: Dictionary, latent: int) -> Float[Tensor, " vocab"]:
-    """Logits of the latent's direction alone: unit decoder row -> final norm -> unembedding, minus their mean.
+    """Logits of the latent's direction alone: unit decoder row -> final norm -> unembedding, standardised.
 
     The direct path only: what later layers make of the direction is left out (Scaling Monosemanticity's "logit
-    weights" of a feature). The final norm divides by a length, so only the order and the ratios mean something.
+    weights" of a feature). In standard deviations over the vocabulary: the final norm divides by a length, so that
+    only ratios mean something.
 
     Raises:
         InterpError: no such latent, or a decoder of another width than the model's.
@@ -44,7 +45,9 @@ def logit_weights(model: TransformersModel, dictionary: Dictionary, latent: int)
     both = torch.cat([rows, torch.zeros_like(rows)])[None].to(next(unembed.parameters()))
     direction, nothing = unembed(norm(both))[0].float()  # the zeros give the biases, which are no effect
     effect = direction - nothing
-    return effect - effect.mean()
+    return (effect - effect.mean()) / effect.std().clamp(
+        min=torch.finfo(effect.dtype).tiny
+    )  # of a row of zeros
 
 
 def neighbours(dictionary: Dictionary, latent: int, n: int = 5) -> list[tuple[int, float]]:
@@ -115,7 +118,7 @@ def ablation(
         raise InterpError(f"Ablation subtracts from the residual stream; {site} is not a part of it.")
     if not windows or len(windows) != len(activations):
         raise InterpError(f"There are {len(windows)} windows for {len(activations)} activations.")
-    _check(dictionary, latent)
+    check_latent(dictionary, latent)
     row = dictionary.W_dec[latent].detach() / dictionary.target_scale  # in the model's own units
     prompts = [window.ids[: window.place + 1] for window in windows]
     without = [add(where.layer, -1, -a * row) for a in activations]
@@ -130,11 +133,16 @@ def ablation(
 
 def _unit_rows(dictionary: Dictionary, latents: Sequence[int] | None = None) -> Float[Tensor, "latent d"]:
     for latent in latents or []:
-        _check(dictionary, latent)
+        check_latent(dictionary, latent)
     rows = dictionary.W_dec.detach()
     return torch.nn.functional.normalize(rows if latents is None else rows[list(latents)])
 
 
-def _check(dictionary: Dictionary, latent: int) -> None:
+def check_latent(dictionary: Dictionary, latent: int) -> None:
+    """That the dictionary has it.
+
+    Raises:
+        InterpError: out of range.
+    """
     if not 0 <= latent < dictionary.width:
         raise InterpError(f"There is no latent {latent}; this dictionary has 0 to {dictionary.width - 1}.")

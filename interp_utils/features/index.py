@@ -172,7 +172,9 @@ def save_index(folder: str | Path, index: FeatureIndex) -> None:
     }
     try:
         replace(folder / FILE, lambda path: save_file(tensors, path))
-        card = json.dumps({**index.card, "sha256": file_hash(folder / FILE)}, indent=1) + "\n"  # order of sources
+        card = (
+            json.dumps({**index.card, "sha256": file_hash(folder / FILE)}, indent=1) + "\n"
+        )  # order of sources
         replace(folder / CARD, lambda path: path.write_text(card))
     except OSError as error:
         raise InterpError(f"The index could not be written to {folder} ({error}).") from None
