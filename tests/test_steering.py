@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -194,6 +195,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"steers": [[Clamp(40, 1.0)]]}, "Latent 40 is out of range"),
     ({"steers": [[Clamp(-1, 1.0)]]}, "Latent -1 is out of range"),
     ({"steers": [[Clamp(1, NAN)]]}, "clamped to nan"),
+    ({"steers": [[Clamp(1, -math.inf)]]}, "clamped to -inf"),
     ({"steers": [[Clamp(1, 1.0), Clamp(1, 2.0)]]}, "clamps a latent twice"),
     ({"steers": [[Push(torch.full((32,), NAN))]]}, "NaN or infinity"),
     ({"steers": [[Push(torch.zeros(31))]]}, "width 31"),
