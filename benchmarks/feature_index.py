@@ -17,10 +17,11 @@ import time
 import torch
 
 from interp_utils.activation_store import ActivationStore
-from interp_utils.artifacts import INDEXED, harvest_mix
+from interp_utils.artifacts import harvest_mix
 from interp_utils.dictionaries import Dictionary
 from interp_utils.dictionaries.files import load_for
 from interp_utils.features import build_index, sparse_activations
+from interp_utils.features.index import INDEXED
 from interp_utils.models import load_model
 
 ROWS = 1_000_000

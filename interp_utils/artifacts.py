@@ -19,11 +19,10 @@ import torch
 from interp_utils.activation_store import ActivationStore
 from interp_utils.corpora import corpus_hash, load_corpus, split_documents
 from interp_utils.dictionaries import Dictionary, TrainConfig, train
-from interp_utils.dictionaries.files import load, load_for, save
+from interp_utils.dictionaries.files import load, save
 from interp_utils.dictionaries.metrics import evaluate
 from interp_utils.dictionaries.splice import ce_metrics
 from interp_utils.errors import InterpError, nearest
-from interp_utils.features import FeatureIndex, build_index, save_index, sparse_activations
 from interp_utils.harvest import harvest
 from interp_utils.paths import cache_folder, data_folder, writable
 from interp_utils.windows import draw_windows, start_token
@@ -66,7 +65,6 @@ class Recipe:
 
 
 WIDTHS = (512, 2048, 8192)
-INDEXED = "sae-batchtopk-8192"  # the one whose index is shipped
 SAES = {
     recipe.name: recipe
     for recipe in (
@@ -154,17 +152,6 @@ def make_sae(
     return sae
 
 
-def make_index(name: str, model: TransformersModel, store: ActivationStore) -> FeatureIndex:
-    """Index a shipped dictionary over the rows it was trained on and write it; 70 million activations, 2 GB."""
-    sae, _ = load_for(model, name)
-    _, card = load(name)
-    index = build_index(
-        sparse_activations(sae, store), store, dictionary=name, dictionary_sha256=card["sha256"]
-    )
-    save_index(data_folder() / "artifacts" / f"index-{name}", index)
-    return index
-
-
 @torch.no_grad()
 def ever_fired(sae: Dictionary, store: ActivationStore, batch_size: int = 8192) -> torch.Tensor:
     """Bool "width": which latents are active anywhere in the store.
@@ -200,20 +187,16 @@ def main(arguments: list[str] | None = None) -> None:
     from interp_utils.models import load_model
 
     parser = argparse.ArgumentParser(description="Train the shipped weights again; stopped runs go on.")
-    known = [*SAES, f"index-{INDEXED}"]  # in the order of making
-    parser.add_argument("names", nargs="*", help=f"which; all if none is given: {', '.join(known)}")
-    names = parser.parse_args(arguments).names or known
+    parser.add_argument("names", nargs="*", help=f"which; all if none is given: {', '.join(SAES)}")
+    names = parser.parse_args(arguments).names or list(SAES)
     for name in names:
-        if name not in known:
-            raise InterpError(f"There is no artifact {name!r}.{nearest(name, known)}")
+        if name not in SAES:
+            raise InterpError(f"There is no artifact {name!r}.{nearest(name, SAES)}")
     model = load_model(MODEL)
     store = harvest_mix(model)
     held_out = harvest_mix(model, split="held_out").like(store)
     for name in names:
-        if name in SAES:
-            make_sae(SAES[name], model, store, held_out)
-        else:
-            make_index(name.removeprefix("index-"), model, store)
+        make_sae(SAES[name], model, store, held_out)
 
 
 if __name__ == "__main__":

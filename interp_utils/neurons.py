@@ -50,6 +50,8 @@ def neuron_batches(
         raise InterpError(f"The store in {store.folder} is of other weights than {model.info.name}.")
     if not 0 < stop <= len(store):
         raise InterpError(f"stop={stop:,} is out of range; this store has {len(store):,} rows.")
+    if layers < 1:
+        raise InterpError(f"layers={layers} is out of range; give at least 1.")
     place = check_site(model, f"resid_post.{layers - 1}")
     body = body_in(model, dtype)
     readers = [_reader(block) for block in blocks(body)[:layers]]

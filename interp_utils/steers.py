@@ -68,6 +68,7 @@ class Plan:
         if place.kind != "resid_post":
             raise InterpError(f"Steering acts on the residual stream, as in 'resid_post.9', not on {site!r}.")
         _check_dictionary(dictionary, model.config.hidden_size)
+        dictionary.check_site(str(place))
         self.model, self.dictionary, self.steers = model, dictionary, _checked(steers, dictionary)
         self.block = blocks(model._module.base_model)[place.layer]
         ids = [tokenize(model, prompt, new or 0) for prompt in as_list(prompts)]
@@ -81,7 +82,7 @@ class Plan:
         if new is None and any(
             own and len(row) == 1 for row, own in zip(self.rows, self.steers, strict=True)
         ):
-            raise InterpError("A prompt has only its start token, which is never steered; add some text.")
+            raise InterpError("A prompt has only one token, and the first is never steered; add some text.")
 
     def batches(self, size: int) -> Iterator[slice]:
         """The rows, `size` at a time."""
@@ -188,7 +189,8 @@ def _check_steer(steer: Steer, dictionary: Dictionary) -> None:
         check_finite(steer.vector, "entries of a push's vector")
         if steer.vector.shape != (dictionary.d_in,):
             raise InterpError(
-                f"A push has width {steer.vector.shape[-1]} but the model's d_model is {dictionary.d_in}."
+                f"A push has the shape {tuple(steer.vector.shape)} but the model's states have "
+                f"({dictionary.d_in},)."
             )
     elif not 0 <= steer.latent < dictionary.width:
         raise InterpError(

@@ -77,7 +77,8 @@ def label_rows(
 
     A mention is exactly one of the forms, in the case given, with no letter, digit or underscore on either side;
     so a plural is another word. Where forms overlap, the one that begins first is taken, then the longest. The
-    text is put together window by window: what crosses the edge of a window is not found.
+    text is put together window by window: what crosses the edge of a window is not found, and a word that is cut
+    there may be mistaken for a shorter one.
 
     Args:
         store: from `harvest`.

@@ -41,7 +41,7 @@ NAMES = (
     "neurons",
     *(
         f"features.{m}"
-        for m in ("activations", "index", "presence", "contexts", "effects", "excerpts", "cards")
+        for m in ("activations", "detect", "index", "presence", "contexts", "effects", "excerpts", "cards")
     ),
     "artifacts",
 )

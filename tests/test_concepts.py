@@ -60,6 +60,8 @@ def test_marks_are_those_of_a_search_by_hand(tiny_model: Callable[..., Any], sto
     ids = store.token_ids[:stop].numpy()
     ends = {model.tokenizer.decode([i]).strip()[-1:] for i in ids[marks[1] > 0].tolist()}
     assert ends == {"g"}
+    before = store.token_ids[:stop].numpy()[marks[n] > 0]  # "the" of "the cat"
+    assert len(before) and not (marks[1] * marks[n]).any()
     np.testing.assert_array_equal(marks[n], marks[n + 1])  # one list of words: other tokens are shared
 
 

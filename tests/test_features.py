@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from interp_utils.activation_store import ActivationStore
-from interp_utils.artifacts import INDEXED
 from interp_utils.dictionaries import Dictionary
 from interp_utils.dictionaries.files import load_for, save
 from interp_utils.dictionaries.kernels import pairs_above
@@ -24,7 +23,7 @@ from interp_utils.features import (
     save_index,
     sparse_activations,
 )
-from interp_utils.features.index import BUCKETS, PER_BUCKET, TOP
+from interp_utils.features.index import BUCKETS, INDEXED, PER_BUCKET, TOP
 from interp_utils.harvest import harvest
 from interp_utils.paths import find_data
 from tests.test_activation_store import CORPORA, OPTIONS
@@ -57,13 +56,13 @@ def sae(store: ActivationStore) -> Dictionary:
 
 @pytest.fixture(scope="module")
 def index(store: ActivationStore, sae: Dictionary) -> FeatureIndex:
-    return build_index(sparse_activations(sae, store, screen=None), store, dictionary="tiny")
+    return build_index(sparse_activations(sae, store, screen=False), store, dictionary="tiny")
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "batchtopk", "jumprelu"])
 def test_one_pass_gives_what_the_encoder_gives(store: ActivationStore, kind: Any) -> None:
     sae = dictionary(store, kind)
-    found = sparse_activations(sae, store, slice(100, 900), batch_size=64, screen=None)
+    found = sparse_activations(sae, store, slice(100, 900), batch_size=64, screen=False)
     wanted = sae.encode(store.read(slice(100, 900))).detach()
     assert found.shape == wanted.shape and 0 < found.nnz < wanted.numel()
     torch.testing.assert_close(torch.from_numpy(found.toarray()), wanted, rtol=1e-5, atol=1e-5)
@@ -72,7 +71,7 @@ def test_one_pass_gives_what_the_encoder_gives(store: ActivationStore, kind: Any
 def test_the_screen_loses_next_to_nothing(
     store: ActivationStore, sae: Dictionary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = sparse_activations(sae, store, screen=None)
+    plain = sparse_activations(sae, store, screen=False)
     screens = []
 
     def spy(*given: Any) -> Any:
@@ -138,7 +137,7 @@ def test_search_by_token(index: FeatureIndex) -> None:
     for row in found.itertuples():
         top = index.examples(row.latent).query("bucket == 'top'").token
         assert (top == token).mean() == pytest.approx(row.share)
-    assert found.share.is_monotonic_decreasing and 5 in set(found.latent)
+    assert 5 in set(found.latent)
     with pytest.raises(InterpError, match="No latent"):
         index.by_token(10**6)
 
@@ -180,13 +179,15 @@ def test_what_does_not_fit_is_refused(
     tiny_model: Callable[..., Any], store: ActivationStore, index: FeatureIndex, tmp_path: Path
 ) -> None:
     narrow = Dictionary.create("relu", 4, 8)
-    with pytest.raises(InterpError, match="4"):
+    with pytest.raises(InterpError, match="reads 4"):
         sparse_activations(narrow, store)
     with pytest.raises(InterpError, match="4"):
         prompt_latents(tiny_model("gemma3"), narrow, SITE, "the cat")
     with pytest.raises(InterpError, match="no index 'index-of-nothing'"):
         load_index("index-of-nothing")
     (tmp_path / "file").write_text("")
+    with pytest.raises(InterpError, match="in steps of 2"):
+        sparse_activations(dictionary(store), store, slice(0, 10, 2))
     with pytest.raises(InterpError, match="could not be written"):
         save_index(tmp_path / "file", index)
 
@@ -197,7 +198,10 @@ def test_a_dictionary_of_another_model_or_layer_is_refused(
     model, other = tiny_model("gemma3"), tiny_model("llama")
     data = {"model": model.info.name, "weights": model.info.weights, "sites": [SITE]}
     save(tmp_path / "own", sae, {"data": data})
-    assert load_for(model, tmp_path / "own")[1] == SITE
+    own, site = load_for(model, tmp_path / "own")
+    assert site == own.site == own.raw().site == own.normalised().site == SITE
+    with pytest.raises(InterpError, match="reads resid_post.1, not resid_post.0"):
+        prompt_latents(model, own, "resid_post.0", "the cat")
     with pytest.raises(InterpError, match="was trained on"):
         load_for(other, tmp_path / "own")
     save(tmp_path / "deep", sae, {"data": data | {"sites": ["resid_post.99"]}})
@@ -216,3 +220,22 @@ def test_the_shipped_index_is_of_the_shipped_dictionary() -> None:
     assert len(index) == sae.width and index.card["dictionary_sha256"] == card["sha256"]
     assert index.card["rows"] >= 1_000_000
     assert (index.maximum == 0).sum() == card["never_fired"]
+
+
+def test_units_are_the_dictionarys_whatever_those_of_the_store(
+    store: ActivationStore, sae: Dictionary
+) -> None:
+    other = store.like(store)
+    other.mean, other.scale = {SITE: store.mean[SITE] + 1}, {SITE: 2.0}
+    wanted = sparse_activations(sae, store, screen=False)
+    for dictionary_, own in ((sae, other), (sae.raw(), store)):
+        found = sparse_activations(dictionary_, own, screen=False)
+        np.testing.assert_allclose(found.toarray(), wanted.toarray(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_first_position_is_left_out_without_a_start_token(
+    tiny_model: Callable[..., Any], sae: Dictionary
+) -> None:
+    model = tiny_model("gpt2")
+    acts = prompt_latents(model, sae, SITE, ["the cat sat", "the dog"])
+    assert not any(own[0].any() for own in acts) and any(own[1:].any() for own in acts)

@@ -107,8 +107,8 @@ def load_for(model: TransformersModel, source: str | Path) -> tuple[Dictionary, 
             f"{str(source)!r} was trained on {made_for[0]} ({made_for[1]}), not on {model.info.name} "
             f"({model.info.weights}); load that model, or train a dictionary for this one (notebook 02)."
         )
-    check_site(model, site)
-    return dictionary, site
+    dictionary.site = str(check_site(model, site))
+    return dictionary, dictionary.site
 
 
 def _find(source: str | Path) -> tuple[Path, Path]:

@@ -29,22 +29,22 @@ def sparse_activations(
     rows: slice = slice(None),
     *,
     batch_size: int = 8192,
-    screen: Screen | bool = True,
+    screen: bool = True,
 ) -> csc_array:
     """Activations of all latents on all these rows of a store, "row latent", in one pass.
 
     What is kept is 8 bytes for each active latent of each row: 300 MB for a million rows of 32.
 
     Args:
-        dictionary: in the units of the store.
-        store: of the dictionary's site, normalised as its training rows (`like`).
+        dictionary: with its units set (`set_units`), or raw.
+        store: of the dictionary's site; in whatever units, its rows are brought to the dictionary's.
         rows: which.
         batch_size: rows encoded at a time.
         screen: whether a bfloat16 product may choose what is computed in float32, where the processor is fast at
             it; about 1 in 100,000 active pairs, at the edge of activity, is then lost.
 
     Raises:
-        InterpError: another width than the store's.
+        InterpError: another width than the store's, or a slice that leaves rows out.
     """
     from scipy.sparse import csr_array
 
@@ -53,10 +53,15 @@ def sparse_activations(
             f"The store's rows are {store.d()} wide but the dictionary reads {dictionary.d_in}."
         )
     chosen = range(len(store))[rows]
+    if chosen.step != 1:
+        raise InterpError(
+            f"Rows are taken in a stretch, not in steps of {chosen.step}; give slice(first, end)."
+        )
     starts, latents, values = [np.zeros(1, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.float32)]
     for first in range(chosen.start, chosen.stop, batch_size):
-        x = store.read(slice(first, min(first + batch_size, chosen.stop)))
-        counts, own_latents, own_values = _active(dictionary, x, fast_screen() if screen is True else None)
+        x = store.read(slice(first, min(first + batch_size, chosen.stop)), normalised=False)
+        x = (x - dictionary.mean) * dictionary.scale
+        counts, own_latents, own_values = _active(dictionary, x, fast_screen() if screen else None)
         starts.append(starts[-1][-1] + counts.cumsum(0).numpy())
         latents.append(own_latents.numpy().astype(np.int32))
         values.append(own_values.numpy())
@@ -84,12 +89,13 @@ def _active(
 def prompt_latents(
     model: TransformersModel, dictionary: Dictionary, site: str, prompts: Prompt | Sequence[Prompt]
 ) -> list[Float[Tensor, "pos width"]]:
-    """Activations of all latents at every position of each prompt, zero at the start token.
+    """Activations of all latents at every position of each prompt, zero at the first.
 
     Raises:
-        InterpError: no prompt, an empty or too long one, no such site, or another width.
+        InterpError: no prompt, an empty or too long one, no such site, or a dictionary of another site or width.
     """
     place = check_site(model, site)
+    dictionary.check_site(str(place))
     found = []
     for ids in [tokenize(model, prompt) for prompt in as_list(prompts)]:
         states = forward_to(model._module.base_model, [place], torch.tensor([ids]))[place][0].float()
@@ -98,7 +104,6 @@ def prompt_latents(
                 f"Rows at {site} are {states.shape[1]} wide but the dictionary reads {dictionary.d_in}."
             )
         acts = dictionary.encode((states.clone() - dictionary.mean) * dictionary.scale)
-        if ids[0] == model.tokenizer.bos_token_id:
-            acts[0] = 0  # its state is the same in every text, and no dictionary was trained on it
+        acts[0] = 0  # a giant state, the same in every text, on which no dictionary was trained
         found.append(acts)
     return found

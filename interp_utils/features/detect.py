@@ -187,6 +187,6 @@ def _rows(lines: sparse.csc_array) -> Float32[np.ndarray, " concept"]:
     return lines[: lines.shape[0] // 2].sum(axis=1)
 
 
-def _short(value: float) -> float:
+def _short(value: float | np.floating[Any]) -> float:
     """With as many digits as a record keeps, so that it decides as it did."""
     return float(f"{value:.6g}")

@@ -48,7 +48,8 @@ def list_presence(
     """F1 of each word's best latent: latent and level chosen on half 0, scored on half 1.
 
     For the comparison the labels are exchanged among all mentions of the list, and latents chosen anew. Exchanged
-    labels leave firings as they are, so only the active latents of mentions are counted again.
+    labels leave firings as they are, so only the active latents of mentions are counted again. Every firing off a
+    mention's last token is a false one, on its other tokens, too.
 
     Args:
         acts: "row latent", from `sparse_activations`.

@@ -184,28 +184,32 @@ def test_parts_of_a_study_have_the_same_columns_whatever_was_got_wrong() -> None
         {"activation": [1.0], "position": [1], "latent": [3], "attribution": 2.0, "effect": 2.5}
     )
     own = book(
-        "measure", "NUMBERS", "DROPS", "measure_steps",
-        PROMPTS=prompts, reading_of=lambda job: job, effects=lambda reading: made,
+        "measure",
+        "NUMBERS",
+        PROMPTS=prompts,
+        reading_of=lambda job: job,
+        effects=lambda reading: made,
         exchanged=lambda reading, other: torch.ones(2, 4),
-    )  # fmt: skip
+    )
     parts = [own.measure(prompts.iloc[[i]]) for i in (0, 1)]
     assert list(parts[0].columns) == list(parts[1].columns)
     assert parts[0].effect.tolist() == [0] and parts[1].effect.tolist() == [2.5]
 
 
 def test_parts_of_the_second_study_have_the_same_columns() -> None:
-    jobs = pd.DataFrame({"number": [0, 1], "text": "ab", "answer": "x", "baseline": "y", "question": "q",
-                         "group": "g", "rival": "h", "first": 0})  # fmt: skip
-    compared = {
-        name: 1.0 for name in ("rival's", "own", "like own", "own active", "like rival's", "rival's active")
-    }
-    own = book(
-        "measure_steps", "DROPS", SCENES={}, TYPICAL={"g": [1], "h": [2]},
-        with_runner_up=lambda jobs: jobs, compared=lambda *_, seed: compared,
-        read=lambda *_: namedtuple("R", "base")(next(bases)),
-    )  # fmt: skip
+    texts = {"text": "a", "answer": "x", "baseline": "y", "question": "q", "group": "g", "rival": "h"}
+    jobs = pd.DataFrame([{"number": 0, **texts}, {"number": 1, **texts}])
+    names = ("rival's", "own", "like own", "own active", "like rival's", "rival's active")
     bases = iter([-1.0, 1.0, 1.0, -1.0])
-    first = own.measure_steps(jobs.drop(columns="first").assign(first=0))
-    second = own.measure_steps(jobs.drop(columns="first").assign(first=0))
+    own = book(
+        "measure_steps",
+        "DROPS",
+        SCENES={},
+        TYPICAL={"g": [1], "h": [2]},
+        with_runner_up=lambda jobs: jobs.assign(first=0),
+        compared=lambda *_, seed: dict.fromkeys(names, 1.0),
+        read=lambda *_: namedtuple("R", "base")(next(bases)),
+    )
+    first, second = own.measure_steps(jobs), own.measure_steps(jobs)
     assert list(first.columns) == list(second.columns)
     assert first["own active"].tolist() == [0, 1] and second["like rival's"].tolist() == [1, 0]
