@@ -68,7 +68,7 @@ def sae(store: ActivationStore) -> Dictionary:
 
 @pytest.fixture(scope="module")
 def index(store: ActivationStore, sae: Dictionary) -> FeatureIndex:
-    return build_index(sparse_activations(sae, store, screen=None), store, dictionary="tiny")
+    return build_index(sparse_activations(sae, store, screen=False), store, dictionary="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ def test_rows_in_short(
 def test_a_latent_that_never_fires_has_a_card(
     gemma3: Any, sae: Dictionary, store: ActivationStore, contexts: Contexts
 ) -> None:
-    acts = sparse_activations(sae, store, screen=None).tolil()
+    acts = sparse_activations(sae, store, screen=False).tolil()
     acts[:, 6] = 0
     silent = build_index(acts.tocsc(), store)
     assert top_tokens_of(silent, 6) == [] and silent.maximum[6] == 0

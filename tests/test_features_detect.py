@@ -114,7 +114,7 @@ def test_scores_add_up_over_pieces(values: np.ndarray, lines: sparse.csc_array) 
 
 
 def slow_presence(values: np.ndarray, word: np.ndarray, half: np.ndarray) -> float:
-    best = (-1.0, 0.0)
+    best = (0.0, 0.0)
     for latent in range(values.shape[1]):
         for step in range(STEPS):
             on = values[:, latent] > step / STEPS * values[:, latent].max()

@@ -71,9 +71,11 @@ def list_presence(
     mention[at] = np.arange(len(at))
     rng, own = np.random.default_rng(seed), number[labels[at]]
     variants = [own, *(rng.permutation(own) for _ in range(times))]
-    best, held_out = np.full((2, len(variants), len(words)), -1.0)
+    best, held_out = np.zeros((2, len(variants), len(words)))
     for first in range(0, acts.shape[1], BLOCK):
         pairs, fired = _block(acts[:, first : first + BLOCK], half, mention)
+        if not len(pairs.mention):
+            continue
         for i, variant in enumerate(variants):
             chosen, scored = _f1(variant, half[at], pairs, fired, len(words))
             better = chosen > best[i]
@@ -84,7 +86,7 @@ def list_presence(
 def _block(
     acts: sparse.csc_array, half: Int[np.ndarray, " row"], mention: Int[np.ndarray, " row"]
 ) -> tuple[_Pairs, Int[np.ndarray, "half latent level"]]:
-    """Active pairs of these latents on mentions, and how often each latent exceeds each level on either half."""
+    """Active pairs on mentions, latents numbered anew, and how often each exceeds each level on either half."""
     width = acts.shape[1]
     latent = np.repeat(np.arange(width), np.diff(acts.indptr))
     top = acts.max(axis=0).toarray().clip(1e-9)
@@ -93,7 +95,8 @@ def _block(
     exactly = np.bincount(place, minlength=2 * width * STEPS).reshape(2, width, STEPS)
     own = mention[acts.indices]
     on = own >= 0
-    return _Pairs(own[on], latent[on], level[on]), exactly[..., ::-1].cumsum(-1)[..., ::-1]
+    used, which = np.unique(latent[on], return_inverse=True)  # the others are no mention's
+    return _Pairs(own[on], which, level[on]), exactly[:, used, ::-1].cumsum(-1)[..., ::-1]
 
 
 def _f1(
