@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.optimize import minimize
+from sklearn.linear_model import LogisticRegression
 from scipy.sparse import csc_array
 
 from interp_utils.activations import residual_stream
@@ -23,7 +24,13 @@ STEM, LEVELS = "04_find_features", 10
 
 
 def book(*names: str, **given: Any) -> Any:
-    scope = {"np": np, "pd": pd, "torch": torch, "minimize": minimize, "cluster_bootstrap": cluster_bootstrap}
+    scope = {
+        "np": np,
+        "pd": pd,
+        "torch": torch,
+        "LogisticRegression": LogisticRegression,
+        "cluster_bootstrap": cluster_bootstrap,
+    }
     return definitions(STEM, *names, **{**scope, "SEED": 0, "LEVELS": LEVELS, **given})
 
 
