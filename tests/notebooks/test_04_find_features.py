@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy.optimize import minimize
-from sklearn.linear_model import LogisticRegression
 from scipy.sparse import csc_array
+from sklearn.linear_model import LogisticRegression
 
 from interp_utils.activations import residual_stream
 from interp_utils.claims import cluster_bootstrap
