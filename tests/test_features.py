@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from interp_utils.activation_store import ActivationStore
-from interp_utils.dictionaries import Dictionary
+from interp_utils.dictionaries import Dictionary, train_small
 from interp_utils.dictionaries.files import load_for, save
 from interp_utils.dictionaries.kernels import pairs_above
 from interp_utils.errors import InterpError
@@ -57,6 +57,16 @@ def sae(store: ActivationStore) -> Dictionary:
 @pytest.fixture(scope="module")
 def index(store: ActivationStore, sae: Dictionary) -> FeatureIndex:
     return build_index(sparse_activations(sae, store, screen=False), store, dictionary="tiny")
+
+
+def test_a_small_dictionary_is_trained_on_the_spot(store: ActivationStore) -> None:
+    with torch.no_grad():
+        small = train_small(store, SITE, WIDTH, seed=1)
+    made = Dictionary.create("batchtopk", store.d(), WIDTH, k=32, seed=1)
+    made.set_units(store.mean[SITE].float(), store.scale[SITE])
+    x = store.read(slice(0, 512))
+    lost, before = ((x - own(x)).square().sum() for own in (small, made))
+    assert torch.equal(small.mean, made.mean) and lost < 0.5 * before
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "batchtopk", "jumprelu"])
