@@ -103,9 +103,11 @@ def choose_dense(batches: Batches, lines: sparse.csc_array, signs: Sequence[int]
         As `choose_latents`.
     """
     stream = ((rows, torch.as_tensor(values).float().numpy()) for rows, values in batches)
-    first = [next(stream)]
-    while first[-1][0].stop < min(PILOT, lines.shape[1]):
-        first.append(next(stream))
+    first = []
+    for batch in stream:
+        first.append(batch)
+        if batch[0].stop >= PILOT:
+            break
     ordered = np.sort(np.concatenate([values for _, values in first]).T.copy())  # (unit, row)
     levels = [_quantiles(ordered, sign) for sign in signs]
     totals: list[Any] = [0] * len(signs)
