@@ -72,6 +72,7 @@ report: $(STAMP) ## Rebuild build/index.html from the notebooks that were execut
 
 artifacts: $(STAMP) ## Retrain the weights in data/artifacts from nothing; a stopped run goes on
 	$(BIN)/python -m interp_utils.artifacts $(NAMES)
+	$(if $(NAMES),,$(BIN)/python -m interp_utils.features.index)
 
 bench: $(STAMP) ## Run every benchmark
 	@$(if $(BENCHMARKS),,echo "There are no benchmarks yet.")

@@ -27,7 +27,7 @@ def continue_greedily(rows: PatchedRows, max_new_tokens: int) -> Generation:
     fill = model.tokenizer.pad_token_id or 0
     cache = rows.cache()
     logits = rows.logits()
-    ends = _end_tokens(model, logits.device)
+    ends = end_tokens(model, logits.device)
     going = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     tokens, gaps = [], []
     for step in range(max_new_tokens):
@@ -63,7 +63,7 @@ def top_two(
     return values, best.gather(1, at // BLOCK) * BLOCK + at % BLOCK
 
 
-def _end_tokens(model: TransformersModel, device: torch.device) -> Int[Tensor, " end"]:
+def end_tokens(model: TransformersModel, device: torch.device) -> Int[Tensor, " end"]:
     """The tokens that end a text."""
     ends = model._module.generation_config.eos_token_id
     return torch.tensor([] if ends is None else ends, device=device).reshape(-1).long()

@@ -49,6 +49,8 @@ DECIDING = (
         for m in ("adam", "batches", "config", "dictionary", "kernels", "metrics", "splice")
     ),
     *(f"dictionaries/{m}" for m in ("files", "steps", "train")),
+    *(f"features/{m}" for m in ("activations", "detect", "index", "presence")),
+    *("word_lists", "concepts", "structure", "neurons", "steers", "steering"),
 )
 
 
@@ -110,7 +112,8 @@ def run_study(
         chunk: jobs per call of `compute`.
 
     Raises:
-        InterpError: there are no jobs, or the build or data folder cannot be written.
+        InterpError: there are no jobs, `compute` gives different columns for different jobs, or the build or data
+            folder cannot be written.
     """
     if not len(jobs):
         raise InterpError(f"The study {name!r} has no jobs; give at least one row.")
@@ -144,6 +147,13 @@ def _source(compute: Callable[..., Any]) -> str:
 def _join(parts: Sequence[Path]) -> pd.DataFrame:
     """The parts as one table, read in one go: a part alone may hold only texts that look like numbers."""
     first, *others = (part.read_bytes() for part in parts)
+    header = first.split(b"\n", 1)[0]
+    for part, other in zip(parts[1:], others, strict=True):
+        if other.split(b"\n", 1)[0] != header:
+            raise InterpError(
+                f"The part {part} has other columns than {parts[0].name}, or another order of them; "
+                "make `compute` give the same for all jobs and run the study again."
+            )
     return read_table(BytesIO(first + b"".join(other.split(b"\n", 1)[1] for other in others)))
 
 

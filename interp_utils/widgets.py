@@ -36,7 +36,24 @@ class Choice:
         return [option if isinstance(option, tuple) else (str(option), option) for option in made]
 
 
-Controls = Mapping[str, str | Choice]
+@dataclass(frozen=True)
+class Slider:
+    """A number from `low` to `high`; moving it runs the function at once, on release of the mouse."""
+
+    low: float
+    high: float
+    step: float
+    start: float
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.start <= self.high or not 0 < self.step <= self.high - self.low:
+            raise InterpError(
+                f"A slider from {self.low} to {self.high} in steps of {self.step} cannot start at {self.start}; "
+                "give low <= start <= high and a step that fits between them."
+            )
+
+
+Controls = Mapping[str, str | Choice | Slider]
 
 
 def explorer(function: Callable[..., None], controls: Controls) -> None:
@@ -44,7 +61,8 @@ def explorer(function: Callable[..., None], controls: Controls) -> None:
 
     Args:
         function: takes the controls' values by name and displays its result.
-        controls: parameter name -> its default text, or a `Choice`; in the order shown, names are labels.
+        controls: parameter name -> its default text, a `Choice` or a `Slider`; in the order shown, names are
+            labels.
 
     Raises:
         InterpError: a control's name is no parameter, or a choice has no options.
@@ -61,7 +79,10 @@ def defaults(controls: Controls) -> Values:
     """The value that each control starts with; a list of options sees those of the controls before it."""
     values: Values = {}
     for name, control in controls.items():
-        values[name] = control if isinstance(control, str) else control.pairs(values)[control.start][1]
+        if isinstance(control, Choice):
+            values[name] = control.pairs(values)[control.start][1]
+        else:
+            values[name] = control.start if isinstance(control, Slider) else control
     return values
 
 
@@ -96,17 +117,22 @@ def panel(function: Callable[..., None], controls: Controls) -> ipywidgets.VBox:
                     if (pairs := control.pairs(values())) != list(parts[name].options):
                         parts[name].options, parts[name].index = pairs, control.start % len(pairs)
 
-    for part in parts.values():
+    for name, part in parts.items():
         part.observe(renew, "value")
+        if isinstance(controls[name], Slider):
+            part.observe(show, "value")
     run.on_click(show)
     return ipywidgets.VBox([*parts.values(), run, result])
 
 
-def _widget(name: str, control: str | Choice, values: Values) -> Any:
+def _widget(name: str, control: str | Choice | Slider, values: Values) -> Any:
     import ipywidgets
 
     look: Values = {"description": name.replace("_", " "), "layout": {"width": "44em"}}
     look |= {"style": {"description_width": "9em"}, "value": values[name]}
     if isinstance(control, Choice):
         return ipywidgets.Dropdown(options=control.pairs(values), **look)
+    if isinstance(control, Slider):
+        limits = {"min": control.low, "max": control.high, "step": control.step}
+        return ipywidgets.FloatSlider(continuous_update=False, **limits, **look)
     return ipywidgets.Textarea(rows=control.count("\n") + 1, **look)

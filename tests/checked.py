@@ -23,6 +23,7 @@ NAMES = (
     "records",
     "seeds",
     "facts",
+    "word_lists",
     "wikitext",
     "corpora",
     "windows",
@@ -33,6 +34,15 @@ NAMES = (
     "activation_store",
     "dictionaries",
     "controls",
+    "steers",
+    "steering",
+    "structure",
+    "concepts",
+    "neurons",
+    *(
+        f"features.{m}"
+        for m in ("activations", "detect", "index", "presence", "contexts", "effects", "excerpts", "cards")
+    ),
     "artifacts",
 )
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))

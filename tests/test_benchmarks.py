@@ -1,4 +1,4 @@
-"""The benchmark of the grid fails when it should."""
+"""The benchmarks of the grid and of the index fail when they should."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pytest
 from interp_utils.paths import ROOT
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("patchscope_grid", ROOT / "benchmarks/patchscope_grid.py")
+def module_of(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    return module_of("patchscope_grid")
 
 
 def result(targets: dict[str, float], model: str = "gemma-3-270m", factor: float = 1.0) -> dict[str, Any]:
@@ -45,3 +49,10 @@ def test_cells_that_differ(benchmark: Any, model: str) -> None:
     differing["next token"]["cells that differ"]["batched"] = 2
     differing["generated"]["cells that differ"] = 1
     assert benchmark.failures(differing) == ["2 cells differ: batched.", "1 cells differ: generated."]
+
+
+def test_targets_of_the_index() -> None:
+    index = module_of("feature_index")
+    assert index.failures(180, 4.0, 0.2) == []
+    slow = index.failures(181, 4.1, 0.3)
+    assert slow[0] == "A million rows take 181 s, not 180 at most." and len(slow) == 3

@@ -110,6 +110,15 @@ def test_another_source_or_column_starts_anew() -> None:
     assert records._source(len) == "" and "class Worker" in records._source(Worker())
 
 
+def test_parts_with_other_columns_are_refused() -> None:
+    def compute(some: pd.DataFrame) -> pd.DataFrame:
+        made = some.assign(a=1, b=2)
+        return made if 0 in set(some["layer"]) else made[[*some, "b", "a"]]
+
+    with pytest.raises(InterpError, match="other columns"):
+        run_study("s", jobs(), compute, card=CARD, chunk=4)
+
+
 def test_no_jobs_are_one_sentence() -> None:
     with pytest.raises(InterpError, match="'s' has no jobs; give at least one row"):
         run_study("s", jobs(0), Worker(), card=CARD)

@@ -192,6 +192,8 @@ def test_no_file_names_an_index_host_or_a_path_of_one_machine() -> None:
     folders = r"(?<![\w.])/(?:work|tmp|home|root|Users|opt|mnt)/\w"
     unwanted = re.compile(f"{hosts}|{folders}")
     for path in text_files():
+        if path.name == "vulnerabilities.csv":  # a guessable file in /tmp is one of its weaknesses
+            continue
         found = unwanted.search(path.read_text(encoding="utf-8"))
         assert not found, f"{path.relative_to(ROOT)}: {found[0] if found else ''}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from interp_utils.errors import InterpError
-from interp_utils.widgets import NOTE, VIEW, Choice, defaults, explorer, panel
+from interp_utils.widgets import NOTE, VIEW, Choice, Slider, defaults, explorer, panel
 
 CALLS: list[dict[str, Any]] = []
 
@@ -84,6 +84,23 @@ def test_an_error_is_one_sentence_and_leaves_the_controls_usable(capsys: pytest.
     text.value = "six"
     run.click()
     assert CALLS[-1]["word"] == "six"
+
+
+def test_a_slider_runs_when_it_is_moved() -> None:
+    slider = {**CONTROLS, "layer": Slider(-2, 3, 0.5, 1)}
+    assert defaults(slider)["layer"] == 1
+    _, word, moved, *_ = panel(record, slider).children
+    assert (moved.min, moved.max, moved.step, moved.value, moved.continuous_update) == (-2, 3, 0.5, 1, False)
+    word.value = "two"
+    assert not CALLS
+    moved.value = 2.5
+    assert CALLS == [{"text": "one two\nthree", "word": "two", "layer": 2.5}]
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 0.1, 2), (1, 0, 0.1, 0.5), (0, 1, 0, 0.5), (0, 1, 2, 0.5)])
+def test_a_slider_that_cannot_be(numbers: tuple[float, float, float, float]) -> None:
+    with pytest.raises(InterpError, match="slider"):
+        Slider(*numbers)
 
 
 @pytest.mark.parametrize(

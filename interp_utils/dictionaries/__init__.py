@@ -2,6 +2,6 @@
 
 from interp_utils.dictionaries.config import TrainConfig
 from interp_utils.dictionaries.dictionary import Dictionary
-from interp_utils.dictionaries.train import train
+from interp_utils.dictionaries.train import train, train_small
 
-__all__ = ["Dictionary", "TrainConfig", "train"]
+__all__ = ["Dictionary", "TrainConfig", "train", "train_small"]

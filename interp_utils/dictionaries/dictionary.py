@@ -37,6 +37,7 @@ class Dictionary(nn.Module):
         mean: "d_in". scale: a scalar. target_mean: "d_out". target_scale: a scalar; 0 and 1 until set.
         transcoder: whether d_out was given, even if equal to d_in: the target is then not the input.
         threshold: a scalar for batchtopk, "width" for jumprelu, zero otherwise.
+        site: where it reads, such as "resid_post.9"; None if nobody said (`load_for` does).
 
     Raises:
         InterpError: an unknown kind, a size below 1, or a k that does not fit the kind or the width.
@@ -45,6 +46,7 @@ class Dictionary(nn.Module):
     def __init__(self, kind: Kind, d_in: int, width: int, d_out: int | None = None, k: int | None = None):
         super().__init__()
         self.transcoder = d_out is not None
+        self.site: str | None = None
         d_out = d_in if d_out is None else d_out
         _check(kind, d_in, width, d_out, k)
         self.kind, self.d_in, self.width, self.d_out, self.k = kind, d_in, width, d_out, k
@@ -114,6 +116,15 @@ class Dictionary(nn.Module):
             return torch.zeros_like(pre).scatter_(-1, ids, values.relu())
         return pre.relu() if self.kind == "relu" else pre.relu() * (pre > self.threshold)
 
+    def check_site(self, site: str) -> None:
+        """Refuse a site that is known not to be this dictionary's.
+
+        Raises:
+            InterpError: it reads another one.
+        """
+        if self.site not in (None, site):
+            raise InterpError(f"The dictionary reads {self.site}, not {site}; give its own site.")
+
     def has_unit_rows(self) -> bool:
         """Whether all decoder rows are unit rows; one of zeros, which no length would change, counts as one."""
         norms = self.W_dec.detach().norm(dim=1)
@@ -155,6 +166,7 @@ class Dictionary(nn.Module):
         made.W_dec.copy_(self.W_dec / scale[:, None])
         made.b_dec.copy_(self.b_dec)
         made.set_units(self.mean, float(self.scale), self.target_mean, float(self.target_scale))
+        made.site = self.site
         if kind == "batchtopk":
             made.set_threshold(self.threshold)
         elif kind == "jumprelu":

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,10 @@ from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.errors import InterpError
 from interp_utils.paths import find_data
 from interp_utils.records import file_hash
+from interp_utils.sites import check_site
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 FILE, CARD = "dictionary.safetensors", "card.json"
 LARGEST = 127
@@ -79,6 +83,32 @@ def load(source: str | Path) -> tuple[Dictionary, dict[str, Any]]:
             state["W_dec"] = torch.nn.functional.normalize(state["W_dec"])
         dictionary.load_state_dict(state)
     return dictionary, card
+
+
+def load_for(model: TransformersModel, source: str | Path) -> tuple[Dictionary, str]:
+    """The dictionary and the site it reads, checked against the model.
+
+    Args:
+        model: from `load_model`.
+        source: as for `load`; the card must say whose activations it was trained on, as shipped ones do.
+
+    Raises:
+        InterpError: what `load` raises, or a dictionary of other weights, of another site or without such a card.
+    """
+    dictionary, card = load(source)
+    data = card.get("data", {})
+    made_for, site = (data.get("model"), data.get("weights")), (data.get("sites") or [None])[0]
+    if site is None:
+        raise InterpError(
+            f"The card of {str(source)!r} does not say what it was trained on; load it with `load`."
+        )
+    if made_for != (model.info.name, model.info.weights):
+        raise InterpError(
+            f"{str(source)!r} was trained on {made_for[0]} ({made_for[1]}), not on {model.info.name} "
+            f"({model.info.weights}); load that model, or train a dictionary for this one (notebook 02)."
+        )
+    dictionary.site = str(check_site(model, site))
+    return dictionary, dictionary.site
 
 
 def _find(source: str | Path) -> tuple[Path, Path]:

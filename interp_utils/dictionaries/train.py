@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -28,6 +28,9 @@ from interp_utils.dictionaries.config import TrainConfig
 from interp_utils.dictionaries.dictionary import Dictionary
 from interp_utils.dictionaries.parallel import Ranks
 from interp_utils.errors import InterpError
+
+if TYPE_CHECKING:
+    from interp_utils.activation_store import ActivationStore
 
 THRESHOLD_MEMORY = 0.95  # of batchtopk's running threshold
 OnStep = Callable[[int, Dictionary, steps.Step], None]
@@ -206,3 +209,15 @@ def _loop(
                 names = ("step", "last_l0", "sums", "log", "seconds")
                 store(checkpoint, saved, {name: getattr(run, name) for name in names})
                 wrote = time.monotonic()
+
+
+def train_small(harvest: ActivationStore, site: str, width: int, *, seed: int = 0) -> Dictionary:
+    """A BatchTopK autoencoder trained within a minute, for a model without a shipped one.
+
+    Units are those of `harvest`, which holds `site`; 384 steps of 512 rows, k = 32 (arXiv 2412.06410).
+    """
+    made = Dictionary.create("batchtopk", harvest.d(), width, k=32, seed=seed)
+    made.set_units(harvest.mean[site].float(), harvest.scale[site])
+    config = TrainConfig(steps=384, batch_size=512, lr=2e-3, seed=seed, log_every=384)
+    train(made, harvest, config, progress=False)
+    return made
